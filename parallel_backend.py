@@ -1,0 +1,2123 @@
+"""Run Python on all cores of this machine, on a Ray cluster, or in this process: one file, one API.
+
+Copy this file into your project; it needs nothing but the standard library until a backend is
+used. Code is written against :class:`concurrent.futures.Executor` and a handful of methods, and
+one string says where it runs::
+
+    from parallel_backend import init_parallel_backend
+
+    backend = init_parallel_backend()  # "joblib", unless PARALLEL_BACKEND says otherwise
+    data = backend.put(load())  # sent to the workers once, not with every task
+    with backend.executor() as executor:
+        futures = [executor.submit(fit, data, seed) for seed in range(1000)]
+        scores = backend.get(futures)
+
+``"joblib"`` runs tasks in loky's worker processes, ``"ray"`` on a Ray cluster, ``"sequential"`` in
+the calling process, for debugging. ``python -m parallel_backend`` tests what is installed.
+
+The version is ``__version__`` below; README.md ends with the list of changes.
+
+SPDX-License-Identifier: MIT
+Copyright (c) 2026 the parallel_backend developers
+"""
+
+from __future__ import annotations
+
+import _thread
+import abc
+import atexit
+import collections
+import contextlib
+import enum
+import functools
+import importlib
+import inspect
+import logging
+import os
+import pickle
+import queue
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+import warnings
+import weakref
+from concurrent.futures import CancelledError, Executor, Future, as_completed
+from concurrent.futures import TimeoutError as FutureTimeoutError  # not the builtin before 3.11
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast, overload
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from types import ModuleType
+    from typing import ParamSpec
+
+    P = ParamSpec("P")
+
+T = TypeVar("T")
+
+__version__ = "0.9.0"
+__all__ = [
+    "CancellationPolicy",
+    "JoblibParallelBackend",
+    "ParallelBackend",
+    "ParallelConfig",
+    "RayParallelBackend",
+    "SequentialParallelBackend",
+    "available_cpus",
+    "deprecated",
+    "init_parallel_backend",
+]
+
+_log = logging.getLogger(__name__)
+
+
+class CancellationPolicy(enum.Flag):
+    """What becomes of an executor's tasks when it ends: at the end of its ``with`` block, at
+    ``shutdown()``, when it is dropped, and when the interpreter exits."""
+
+    NONE = 0
+    """All tasks run to their end."""
+    PENDING = 1
+    """Tasks not started are cancelled; those running run to their end."""
+    RUNNING = 2
+    """Running tasks are stopped, and their workers with them; those not started still run."""
+    ALL = PENDING | RUNNING
+    """Nothing goes on: the executor ends at once, whatever its tasks do."""
+
+
+def _as_policy(value: CancellationPolicy | bool) -> CancellationPolicy:
+    if isinstance(value, bool):
+        return CancellationPolicy.PENDING if value else CancellationPolicy.NONE
+    if not isinstance(value, CancellationPolicy):
+        raise TypeError(f"cancel_futures must be a CancellationPolicy or a bool, not {value!r}")
+    return value
+
+
+# --- deprecation ------------------------------------------------------------------------------
+
+
+def _warn_caller(message: str, category: type[Warning]) -> None:
+    """Warn at the nearest line outside this file: there stands what the reader can change."""
+    level, frame = 1, sys._getframe()
+    while frame.f_globals is globals() and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _meant(value: object, parameter: inspect.Parameter | None) -> bool:
+    """Whether a caller who passes ``value`` says more than the parameter's default does."""
+    default = inspect.Parameter.empty if parameter is None else parameter.default
+    return not (value is default or (type(value) is type(default) and value == default))
+
+
+def deprecated(
+    target: Callable[..., Any] | bool | None = None,
+    *,
+    args_mapping: Mapping[str, str | None] | None = None,
+    deprecated_in: str,
+    remove_in: str,
+    category: type[Warning] = FutureWarning,
+    instead: str = "",
+    applies: Callable[[Any], bool] = lambda value: True,
+) -> Callable[[T], T]:
+    """Deprecate a callable, or some of its arguments.
+
+    The warning is attributed to the caller's line, so that Python's filters show it once a place.
+    Functions, methods, class and static methods, ``__init__`` and coroutine functions can be
+    decorated; name, docstring, signature and pickling stay as they are.
+
+    Args:
+        target: ``True`` deprecates the arguments in ``args_mapping``, ``None`` the callable
+            itself; a function likewise, and every call is forwarded to that function.
+        args_mapping: what becomes of an argument: ``{"old": "new"}`` passes its value on as
+            ``new``, ``{"old": None}`` drops it, ``{"old": "old"}`` only warns. With
+            ``target=True`` a value other than the argument's default warns, and nothing else.
+        deprecated_in: the version since when.
+        remove_in: the version in which it goes.
+        category: of the warning. Python shows a ``FutureWarning`` to users by default.
+        instead: what to use, where ``target`` and ``args_mapping`` do not tell.
+        applies: says of an argument's value whether it is deprecated; by default every one is.
+
+    Raises:
+        TypeError: at decoration, if ``args_mapping`` is missing or names no parameter; at a call
+            that gives both an argument and its replacement.
+    """
+    mapping = dict(args_mapping or {})
+    since = f"is deprecated since {deprecated_in} and will be removed in {remove_in}"
+
+    def decorate(function: Any) -> Any:
+        if isinstance(function, (classmethod, staticmethod)):
+            return type(function)(decorate(function.__func__))
+        name = function.__qualname__.removesuffix(".__init__")
+        receiver = target if callable(target) else function
+        given, accepted = inspect.signature(function), inspect.signature(receiver)
+        if target is True and not mapping:
+            raise TypeError(f"deprecated(True) needs args_mapping: which arguments of {name}()?")
+        for signature, arguments in ((given, mapping), (accepted, filter(None, mapping.values()))):
+            kinds = {parameter.kind for parameter in signature.parameters.values()}
+            for argument in arguments:
+                if (
+                    argument not in signature.parameters
+                    and inspect.Parameter.VAR_KEYWORD not in kinds
+                ):
+                    raise TypeError(f"args_mapping names {argument!r}, no parameter of {name}()")
+        use = instead or (f"use `{target.__qualname__}` instead" if callable(target) else "")
+        notice = "; ".join(filter(None, (f"`{name}` {since}", use))) + "."
+
+        def translate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            """Warn of what is deprecated and return the arguments that the receiver takes."""
+            if target is not True:
+                _warn_caller(notice, category)
+            try:
+                values = given.bind(*args, **kwargs).arguments
+            except TypeError:
+                return args, kwargs  # the receiver says better what is wrong
+            for parameter in given.parameters.values():
+                if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                    values.update(values.pop(parameter.name, {}))
+            renamed = False
+            for old in mapping.keys() & values.keys():
+                new, value = mapping[old], values[old]
+                meant = _meant(value, given.parameters.get(old))
+                if target is True and meant and applies(value):
+                    hint = instead or (
+                        "it has no effect" if new is None else f"use `{new}` instead"
+                    )
+                    hints = (
+                        f"The argument `{old}` of `{name}` {since}",
+                        instead if new == old else hint,
+                    )
+                    _warn_caller("; ".join(filter(None, hints)) + ".", category)
+                if new == old:
+                    continue
+                renamed = True
+                del values[old]
+                if new is not None and (meant or target is not True):
+                    if new in values and _meant(values[new], accepted.parameters.get(new)):
+                        raise TypeError(f"{name}() got both {new!r} and {old!r}, its old name")
+                    values[new] = value
+            if not renamed:
+                return args, kwargs
+            named = collections.OrderedDict(
+                (n, v) for n, v in values.items() if n in accepted.parameters
+            )
+            call = inspect.BoundArguments(accepted, named)
+            return call.args, {
+                **call.kwargs,
+                **{n: values[n] for n in values.keys() - named.keys()},
+            }
+
+        is_coroutine = inspect.iscoroutinefunction(function)
+        if is_coroutine and sys.version_info < (3, 12):
+            # Before 3.12 a plain function can't pass for a coroutine function. The warning comes
+            # with the first step then; the caller's line stands there too if it awaits the call.
+            @functools.wraps(function)
+            async def wrapper(*args: Any, **kwargs: Any) -> Any:
+                args, kwargs = translate(args, kwargs)
+                return await receiver(*args, **kwargs)
+
+        else:
+
+            @functools.wraps(function)
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                args, kwargs = translate(args, kwargs)
+                return receiver(*args, **kwargs)
+
+            if is_coroutine and sys.version_info >= (3, 12):
+                inspect.markcoroutinefunction(wrapper)
+        if target is not True:
+            wrapper.__deprecated__ = notice  # type: ignore[attr-defined]  # as PEP 702 has it
+        return wrapper
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The configuration of old, still honoured; deprecated since 0.9.0, gone in 0.10.0.
+
+    Args:
+        backend: name of the backend.
+        address: of the Ray cluster to connect to.
+        n_cpus_local: most workers of an executor; on Ray also the CPUs of a cluster started here.
+        logging_level: of Ray, as :mod:`logging` has them.
+        wait_timeout: seconds; without effect, since nothing polls any more.
+
+    Raises:
+        ValueError: if both ``address`` and ``n_cpus_local`` are given.
+    """
+
+    backend: str = "joblib"
+    address: str | tuple[str, int] | None = None
+    n_cpus_local: int | None = None
+    logging_level: int | None = None
+    wait_timeout: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.address is not None and self.n_cpus_local is not None:
+            raise ValueError(
+                "ParallelConfig takes address or n_cpus_local, not both: the CPUs of a cluster "
+                "that runs already are not ours to set"
+            )
+
+
+# --- CPUs -------------------------------------------------------------------------------------
+
+
+def available_cpus() -> int:
+    """How many CPUs this process may keep busy, at least 1.
+
+    ``-X cpu_count=…`` or the environment variable ``PYTHON_CPU_COUNT`` decide, upward too, as for
+    Python 3.13's :func:`os.process_cpu_count`. Otherwise it is the smallest of
+    :func:`os.cpu_count`, the affinity mask, ``LOKY_MAX_CPU_COUNT``, and the CPU quota of every
+    cgroup from this process's own up to the root, fractions rounded up (the kernel's
+    ``cgroup-v2.rst``, ``cpu.max``, and ``sched-bwc.rst``, ``cpu.cfs_quota_us``). Asked anew at
+    every call; takes some 0.1 ms.
+    """
+    return min(_cpu_limits())[0]
+
+
+def _cpu_limits(root: str = "") -> list[tuple[int, str]]:
+    """All that bounds the CPUs, as (count, what it is); ``root`` goes before paths, for tests."""
+    override = sys._xoptions.get("cpu_count")
+    source = "-X cpu_count"
+    if override is None and not sys.flags.ignore_environment:
+        override, source = os.environ.get("PYTHON_CPU_COUNT"), "PYTHON_CPU_COUNT"
+    if (count := _positive(override)) is not None:
+        return [(count, source)]
+    limits = [(os.cpu_count() or 1, "CPUs of the machine")]
+    if sys.platform == "linux":  # others have no such call, or none that the standard library knows
+        limits.append((len(os.sched_getaffinity(0)) or 1, "affinity mask"))
+    if (count := _positive(os.environ.get("LOKY_MAX_CPU_COUNT"))) is not None:
+        limits.append((count, "LOKY_MAX_CPU_COUNT"))
+    for quota, period in _cgroup_quotas(root):
+        limits.append((max(-(-quota // period), 1), f"cgroup quota {quota / period:g} CPUs"))
+    return limits
+
+
+def _positive(text: object) -> int | None:
+    """``text`` as a whole number above 0, if it is one."""
+    try:
+        count = int(cast("str", text))
+    except (TypeError, ValueError):
+        return None
+    return count if count > 0 else None
+
+
+def _read(path: str) -> str:
+    """A file of the kernel's; empty where there is none, or it is not for us to read."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def _cgroup_quotas(root: str) -> Iterator[tuple[int, int]]:
+    """(quota, period) in microseconds of each cgroup that holds this process, where it has one.
+
+    Formats: ``proc(5)`` for mountinfo, ``cgroups(7)`` for /proc/self/cgroup.
+    """
+    own = {}  # "" for v2, "cpu" for v1 -> this process's path in that hierarchy
+    for line in _read(f"{root}/proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        for key in {"", "cpu"}.intersection(controllers.split(",")):
+            own[key] = path
+    for line in _read(f"{root}/proc/self/mountinfo").splitlines() if own else ():
+        fields, _, kind = line.partition(" - ")
+        filesystem, _, options = kind.partition(" ")
+        version = {"cgroup": "cpu", "cgroup2": ""}.get(filesystem)
+        columns = fields.split()
+        if version not in own or len(columns) < 5:
+            continue
+        if version == "cpu" and "cpu" not in options.rpartition(" ")[2].split(","):
+            continue  # a v1 hierarchy of other controllers
+        # Spaces and backslashes stand as octal escapes.
+        mounted, mount = (
+            re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), column)
+            for column in columns[3:5]
+        )
+        path = own[version]
+        if path.startswith("/.."):
+            path = mounted  # beyond this cgroup namespace: the mount is as near as we can see
+        inside = os.path.relpath(path, mounted)
+        if inside.startswith(".."):
+            continue  # a mount of some other part of the tree
+        parts = [] if inside == "." else inside.split("/")
+        for depth in range(len(parts), -1, -1):
+            folder = "/".join([root + mount, *parts[:depth]])
+            if version == "":
+                quota, _, period = _read(f"{folder}/cpu.max").partition(" ")
+            else:
+                quota = _read(f"{folder}/cpu.cfs_quota_us")
+                period = _read(f"{folder}/cpu.cfs_period_us")
+            numbers = _positive(quota), _positive(period)  # "max" and -1 mean no quota
+            if numbers[0] is not None and numbers[1] is not None:
+                yield numbers[0], numbers[1]
+
+
+# --- backends ---------------------------------------------------------------------------------
+
+if TYPE_CHECKING:
+
+    class Handle(Generic[T]):
+        """What ``wrap(…)(…)`` returns, to type checkers; what it really is, is the engine's."""
+
+
+class ParallelBackend(abc.ABC):
+    """Where tasks run: a base class, and the registry of the classes that derive from it.
+
+    A subclass names itself, ``class Mine(ParallelBackend, backend_name="mine")``, and is then what
+    ``init_parallel_backend("mine")`` returns. It
+
+    - must provide :meth:`executor`, which returns any :class:`concurrent.futures.Executor`;
+    - may override :meth:`put` with :meth:`_value` where its engine can hold an object for its
+      workers, :meth:`wrap` with :meth:`_future` where the engine has handles of its own, and
+      :meth:`_cpus` where its CPUs are not this process's. Without, objects travel with each task,
+      and handles are futures of a background executor, whose tasks always run to their end.
+
+    Args:
+        config: deprecated since 0.9.0: a :class:`ParallelConfig`.
+
+    Raises:
+        ImportError: if a package that the backend needs is not installed.
+        ValueError: from the ``class`` statement, if another class has that ``backend_name``.
+    """
+
+    BACKENDS: ClassVar[dict[str, type[ParallelBackend]]] = {}
+    _n_cpus_local: ClassVar[int | None] = None
+
+    def __init_subclass__(cls, *, backend_name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if backend_name is None:
+            return
+        held = ParallelBackend.BACKENDS.get(backend_name)
+        # The same class anew (a notebook cell run twice, a module reloaded) takes its own place.
+        if held is not None and (held.__module__, held.__qualname__) != (
+            cls.__module__,
+            cls.__qualname__,
+        ):
+            raise ValueError(
+                f"backend_name {backend_name!r} is held by {held.__module__}.{held.__qualname__}; "
+                "choose another name"
+            )
+        ParallelBackend.BACKENDS[backend_name] = cls
+
+    def __init__(self) -> None:
+        self._background: Executor | None = None
+        self._background_lock = threading.Lock()  # guards the creation of _background, no more
+
+    @classmethod
+    @abc.abstractmethod
+    def executor(
+        cls,
+        max_workers: int | None = None,
+        *,
+        config: ParallelConfig | None = None,
+        cancel_futures: CancellationPolicy | bool = CancellationPolicy.PENDING,
+    ) -> Executor:
+        """A new executor.
+
+        Args:
+            max_workers: how many tasks may run at once; ``effective_n_jobs(-1)`` by default.
+            config: deprecated since 0.9.0; its ``n_cpus_local`` bounds ``max_workers``.
+            cancel_futures: what becomes of the tasks when the executor ends; ``True`` means
+                ``PENDING``, ``False`` means ``NONE``.
+
+        Raises:
+            ValueError: ``max_workers`` is below 1.
+            TypeError: ``max_workers`` is no int, or ``cancel_futures`` neither policy nor bool.
+        """
+
+    def put(self, v: T) -> T:
+        """A handle to ``v``, sent to the workers once where the engine can do that.
+
+        As an argument of a task it arrives as the object, which is why it is typed as one; here,
+        only :meth:`get` makes an object of it. Workers may see it read-only.
+        """
+        return v
+
+    @overload
+    def get(self, v: Future[T] | Handle[T], *, timeout: float | None = None) -> T: ...
+    @overload
+    def get(
+        self, v: list[Future[T]] | list[Handle[T]], *, timeout: float | None = None
+    ) -> list[T]: ...
+    @overload
+    def get(self, v: T, *, timeout: float | None = None) -> T: ...
+    def get(self, v: Any, *, timeout: float | None = None) -> Any:
+        """The value behind a handle or a future, or behind each in a list or tuple of them.
+
+        Lists and tuples may be nested; anything else comes back as it is.
+
+        Args:
+            timeout: seconds to wait, for all of them together.
+
+        Raises:
+            TimeoutError: the builtin one, on every version of Python.
+            Exception: what the task behind it raised.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+
+        def value(item: Any) -> Any:
+            if type(item) in (list, tuple):
+                return type(item)(map(value, item))
+            left = None if deadline is None else max(deadline - time.monotonic(), 0)
+            return self._value(item, left)
+
+        try:
+            return value(v)
+        except FutureTimeoutError as error:
+            if isinstance(error, TimeoutError):
+                raise
+            raise TimeoutError(*error.args) from error  # Python 3.10
+
+    def wrap(self, fun: Callable[..., T], **options: Any) -> Callable[..., Handle[T]]:
+        """A callable that starts ``fun`` in the background and returns a handle to its result.
+
+        Args:
+            options: the engine's, such as Ray's ``num_cpus``; ignored by an engine without them.
+        """
+
+        @functools.wraps(fun)
+        def start(*args: Any, **kwargs: Any) -> Any:
+            with self._background_lock:
+                if self._background is None:
+                    self._background = self.executor(cancel_futures=CancellationPolicy.NONE)
+            # What a handle stands for is an argument like any other: wait for it here, since
+            # not every executor can.
+            args = tuple(self._value(v, None) if isinstance(v, Future) else v for v in args)
+            kwargs = {
+                k: self._value(v, None) if isinstance(v, Future) else v for k, v in kwargs.items()
+            }
+            return self._background.submit(fun, *args, **kwargs)
+
+        return start
+
+    def wait(
+        self, v: Sequence[Any], *, num_returns: int = 1, timeout: float | None = None
+    ) -> tuple[list[Any], list[Any]]:
+        """Wait until ``num_returns`` of the handles or futures ``v`` are done.
+
+        Failed and cancelled ones are done; so is what is no handle at all.
+
+        Args:
+            timeout: seconds, after which fewer may be done.
+
+        Returns:
+            (done, not_done), each in the order of ``v``; as with :func:`ray.wait`, ``done`` holds
+            ``num_returns`` at most.
+
+        Raises:
+            ValueError: if ``num_returns`` is below 1 or above the number of handles.
+        """
+        if not 1 <= num_returns <= len(v):
+            raise ValueError(f"num_returns must be from 1 to {len(v)}, the number of handles")
+        futures = [self._future(item) for item in v]
+        pending = {future for future in futures if future is not None and not future.done()}
+        missing = num_returns - (len(futures) - sum(future in pending for future in futures))
+        if missing > 0:
+            with contextlib.suppress(FutureTimeoutError):
+                for _ in islice(as_completed(pending, timeout), missing):
+                    pass
+        done: list[Any] = []
+        not_done: list[Any] = []
+        for item, future in zip(v, futures):
+            ready = (future is None or future.done()) and len(done) < num_returns
+            (done if ready else not_done).append(item)
+        return done, not_done
+
+    @classmethod
+    def effective_n_jobs(cls, n_jobs: int | None = -1) -> int:
+        """How many jobs ``n_jobs`` stands for here, by joblib's convention.
+
+        ``-1`` or ``None`` is all CPUs, ``-2`` all but one, and so on, never below 1. A positive
+        number stands, unless the user has bounded it (``joblib.parallel_config(n_jobs=…)``, a
+        deprecated ``n_cpus_local``) or the Ray cluster has fewer CPUs.
+
+        Raises:
+            ValueError: ``n_jobs`` is 0.
+        """
+        if n_jobs == 0:
+            raise ValueError("n_jobs must not be 0: give a number of jobs, or -1 for all CPUs")
+        cpus, bound = cls._cpus()
+        jobs = n_jobs if n_jobs is not None and n_jobs > 0 else max(cpus + 1 + (n_jobs or -1), 1)
+        return min(n for n in (jobs, bound, cls._n_cpus_local) if n is not None)
+
+    @classmethod
+    def _cpus(cls) -> tuple[int, int | None]:
+        """All CPUs that the backend may use, and a bound on the number of jobs, if there is one."""
+        return available_cpus(), None
+
+    def _future(self, handle: Any) -> Future[Any] | None:
+        """A future of what ``handle`` stands for; None if it is no handle, or done since ever."""
+        return handle if isinstance(handle, Future) else None
+
+    def _value(self, handle: Any, timeout: float | None) -> Any:
+        """What ``handle`` stands for; itself if it is no handle. ``timeout`` is in seconds."""
+        return handle.result(timeout) if isinstance(handle, Future) else handle
+
+    @classmethod
+    def _configured(cls, config: ParallelConfig) -> type[ParallelBackend]:
+        """This class, bounded as the deprecated ``config`` says; an unnamed one, so unregistered.
+
+        A class and not an instance carries the bound because ``executor`` is a class method.
+        """
+        return type(cls)(cls.__name__, (cls,), {"_n_cpus_local": config.n_cpus_local})
+
+    @classmethod
+    def _checked(
+        cls,
+        max_workers: int | None,
+        cancel_futures: CancellationPolicy | bool,
+        config: ParallelConfig | None = None,
+    ) -> tuple[int, CancellationPolicy]:
+        """The arguments of :meth:`executor`, checked and completed."""
+        if max_workers is None:
+            max_workers = cls.effective_n_jobs(-1)
+        elif isinstance(max_workers, bool) or not isinstance(max_workers, int):
+            raise TypeError(f"max_workers must be an int, not {max_workers!r}")
+        elif max_workers < 1:
+            raise ValueError("max_workers must be greater than 0")
+        for bound in (cls._n_cpus_local, config and config.n_cpus_local):
+            max_workers = min(max_workers, bound or max_workers)
+        return max_workers, _as_policy(cancel_futures)
+
+
+_config_deprecated = functools.partial(
+    deprecated,
+    True,
+    args_mapping={"config": "config"},
+    deprecated_in="0.9.0",
+    remove_in="0.10.0",
+)
+
+
+@_config_deprecated(
+    instead='name the backend instead, as in init_parallel_backend("ray")',
+    applies=lambda config: not isinstance(config, str),
+)
+def init_parallel_backend(
+    config: ParallelConfig | str | None = None, backend_name: str | None = None
+) -> ParallelBackend:
+    """The backend of that name; without one, of the environment variable ``PARALLEL_BACKEND``,
+    else ``"joblib"``.
+
+    Args:
+        config: a :class:`ParallelConfig`, deprecated since 0.9.0. A string is the backend's name.
+        backend_name: a name in ``ParallelBackend.BACKENDS``.
+
+    Raises:
+        NotImplementedError: no backend has that name.
+        ImportError: a package that the backend needs is not installed.
+        ConnectionError: Ray's own, if nobody answers at the address given.
+    """
+    if isinstance(config, str):
+        if backend_name is not None:
+            raise TypeError(
+                f"init_parallel_backend() got two names, {config!r} and {backend_name!r}"
+            )
+        config, backend_name = None, config
+    if config is not None and not isinstance(config, ParallelConfig):
+        raise TypeError(f"config must be a ParallelConfig, not {config!r}")
+    source = ""
+    if backend_name is None and config is not None:
+        backend_name = config.backend
+    if backend_name is None:
+        backend_name = os.environ.get("PARALLEL_BACKEND") or "joblib"
+        source = " (which the environment variable PARALLEL_BACKEND asks for)"
+    known = ParallelBackend.BACKENDS
+    if backend_name not in known:
+        import difflib
+
+        nearest = difflib.get_close_matches(str(backend_name), known, n=1, cutoff=0)
+        raise NotImplementedError(
+            f"There is no parallel backend {backend_name!r}{source}. "
+            f"Choose from {', '.join(sorted(known))}; the nearest is {nearest[0]!r}."
+        )
+    backend = known[backend_name]
+    return (backend if config is None else backend._configured(config))()
+
+
+# --- the executor core ------------------------------------------------------------------------
+#
+# What follows keeps every promise that does not need to know an engine. One lock, the core's,
+# guards all of its state and that of its mappings. It is never held while an engine, a callback
+# or other code of the user's runs; a future's own lock may be taken inside it, never around it.
+
+Reply = tuple[list[Any], "BaseException | None", int, float]
+"""What became of a task's items: the results up to the first failure, that failure, how many
+items were begun (0 with a failure: nothing was run, for what was sent could not be read), and
+seconds that they took in the worker."""
+
+FLOOR_SECONDS = 0.002  # how long it takes at least, even where its share of what is left is less
+AHEAD_SECONDS = 0.05  # how much work may wait at an engine that wants its tasks early
+
+
+class _Engine(abc.ABC):
+    """What runs tasks: starts one, says when it is done, can stop what runs. Nothing else."""
+
+    stoppable = False
+    """Whether :meth:`stop` can."""
+    limit: int | None = None
+    """The most tasks that it runs at once, if that is less than asked for."""
+    chunk_seconds = 0.03
+    """How long a chunk of a map's items should take, for its overhead not to count."""
+    early = 0
+    """How many more than may run it takes while tasks are short, bounding them itself."""
+
+    @abc.abstractmethod
+    def start(self, work: _Work, done: Callable[[_Work, Reply], None]) -> Reply | None:
+        """Run ``work.call``; the reply, or None and ``done(work, reply)`` later, in any thread.
+
+        The core has seen to it that there is room. An exception counts as a failure to start.
+        """
+
+    def stop(self, work: _Work) -> None:
+        """Kill what runs ``work``, if it still does. Its reply comes as for any other."""
+
+    def close(self, clean: bool) -> None:
+        """Give back all resources; nothing runs any more.
+
+        Args:
+            clean: nothing was stopped: what is warm may serve another executor.
+        """
+
+    def lost(self) -> BaseException | None:
+        """Why no reply will come any more, if so."""
+        return None
+
+
+class _Work:
+    """What an engine is given: the call of a task, or of a chunk of a map's items."""
+
+    call: tuple[Callable[..., Any], list[tuple[Any, ...]], dict[str, Any], float] | None
+    """(callable, the positional arguments of each item, keywords, seconds after which no further
+    item is begun). Dropped as soon as it can't be needed, for it may hold much."""
+    stopped = False  # the policy has stopped it: a failure means that it was cancelled
+
+    def claim(self) -> bool:
+        """Mark as running, unless cancelled meanwhile."""
+        raise NotImplementedError
+
+    def complete(self, reply: Reply) -> None:
+        raise NotImplementedError
+
+    def cancel_running(self) -> None:
+        raise NotImplementedError
+
+
+class _Task(Future[Any], _Work):
+    """The future of one task, which holds its call too: nobody else need hold either."""
+
+    def __init__(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.call = (fn, [args], kwargs, 0.0)
+
+    # _condition and _state are Future's, private but the same since Python 3.2.
+
+    def cancel(self) -> bool:
+        if not super().cancel():
+            return False
+        self.call = None
+        with self._condition:
+            # Tell wait() and as_completed() at once, and not when a worker would be free for it.
+            if self._state == "CANCELLED":
+                self.set_running_or_notify_cancel()
+        return True
+
+    def claim(self) -> bool:
+        with self._condition:  # cancel() must not come between the two
+            return not self.cancelled() and self.set_running_or_notify_cancel()
+
+    def complete(self, reply: Reply) -> None:
+        values, failure, _, _ = reply
+        self.call = None
+        if failure is None:
+            self.set_result(values[0])
+        else:
+            self.set_exception(failure)
+
+    def cancel_running(self) -> None:
+        with self._condition:
+            self._state = "PENDING"  # cancel() refuses a running one
+        self.cancel()
+
+
+class _Mapping:
+    """The items of one ``map``, cut into chunks as workers get free, and their outcomes.
+
+    Guarded by the core's lock.
+    """
+
+    def __init__(self, core: _Core, fn: Callable[..., Any], chunksize: int | None) -> None:
+        self.core = core
+        self.fn = fn
+        self.chunksize = chunksize
+        self.seconds: float | None = None  # of an item, of late
+        self.items: collections.deque[tuple[Any, ...]] = collections.deque()  # not in a chunk yet
+        self.first = 0  # index of items[0]
+        self.returned: list[tuple[int, list[tuple[Any, ...]], bool]] = []
+        """What chunks have given back: (index, items, whether to send each alone)."""
+        self.outcomes: dict[int, tuple[list[Any], BaseException | None]] = {}
+        """By the index of its first item: the results, then what was raised."""
+        self.changed = threading.Condition(core.lock)  # notified of outcomes
+        self.abandoned = False  # nobody will ask for further results
+
+    def is_empty(self) -> bool:
+        return not self.items and not self.returned
+
+    def cut(self, workers: int) -> _Chunk | None:
+        """The next chunk, if there is one."""
+        if self.abandoned:
+            self.items.clear()
+            self.returned.clear()
+        left = len(self.items) + sum(len(items) for _, items, _ in self.returned)
+        size = self.chunksize or 1
+        if self.chunksize is None and self.seconds is not None:
+            each = max(self.seconds, 1e-7)
+            # A quarter of a worker's share: so what turns out longer than expected is spread.
+            share = max(left / (4 * workers), FLOOR_SECONDS / each)
+            size = max(int(min(share, self.core.engine.chunk_seconds / each)), 1)
+        if self.returned:
+            self.returned.sort(key=lambda entry: entry[0])
+            start, items, alone = self.returned.pop(0)
+            chunk, rest = (items[:1], items[1:]) if alone else (items[:size], items[size:])
+            if rest:
+                self.returned.append((start + len(chunk), rest, alone))
+            return _Chunk(self, start, chunk)
+        if not self.items:
+            return None
+        chunk = [self.items.popleft() for _ in range(min(size, len(self.items)))]
+        self.first += len(chunk)
+        return _Chunk(self, self.first - len(chunk), chunk)
+
+    def cancel(self) -> None:
+        """Cancel what is in no chunk."""
+        for start, _, _ in [*self.returned, (self.first, (), False)]:
+            self.outcomes[start] = ([], CancelledError())
+        self.returned.clear()
+        self.first += len(self.items)
+        self.items.clear()
+        self.changed.notify_all()
+
+
+class _Chunk(_Work):
+    """Some items of a map; for cancellation, one task."""
+
+    def __init__(self, mapping: _Mapping, start: int, items: list[tuple[Any, ...]]) -> None:
+        self.mapping = mapping
+        self.start = start
+        # A chunk that takes far longer than measured comes back early: its last items are not
+        # stranded behind a long one while other workers idle.
+        budget = mapping.core.engine.chunk_seconds if mapping.chunksize is None else float("inf")
+        self.call = (mapping.fn, items, {}, budget)
+
+    def claim(self) -> bool:
+        return True
+
+    def complete(self, reply: Reply) -> None:
+        assert self.call is not None
+        values, failure, begun, seconds = reply
+        items, self.call = self.call[1], None
+        mapping = self.mapping
+        with mapping.changed:
+            if begun == 0 and len(items) > 1:
+                # One of them can't be sent, or not be read: it alone shall fail.
+                mapping.core.give_back(mapping, self.start, items, alone=True)
+                return
+            if begun:
+                each = seconds / begun
+                mapping.seconds = each if mapping.seconds is None else (mapping.seconds + each) / 2
+            if begun and begun < len(items):
+                mapping.core.give_back(mapping, self.start + begun, items[begun:], alone=False)
+            mapping.outcomes[self.start] = (values, failure)
+            mapping.changed.notify_all()
+
+    def cancel_running(self) -> None:
+        self.call = None
+        with self.mapping.changed:
+            self.mapping.outcomes[self.start] = ([], CancelledError())
+            self.mapping.changed.notify_all()
+
+
+class _Core:
+    """The state of an executor: what is pending, what runs, and what is to become of it.
+
+    Apart from :class:`_Executor`, so that an engine's threads, which know this, do not keep an
+    executor alive that everybody else has dropped.
+    """
+
+    live: ClassVar[weakref.WeakSet[_Core]] = weakref.WeakSet()
+
+    def __init__(self, engine: _Engine, max_workers: int, policy: CancellationPolicy) -> None:
+        self.engine = engine
+        self.max_workers = min(max_workers, engine.limit or max_workers)
+        self.policy = policy
+        self.lock = threading.Lock()
+        self.ended = threading.Condition(self.lock)  # notified when closed
+        self.pending: collections.deque[_Task | _Mapping] = collections.deque()
+        self.running: set[_Work] = set()
+        self.seconds: float | None = None  # that a task takes, of late
+        self.shut = False  # no more tasks are taken
+        self.discard = False  # nor are those run that are pending
+        self.clean = True  # nothing was stopped
+        self.closing = self.closed = False  # the engine
+        self.inside: set[int] = set()  # threads in feed(), where callbacks and inline tasks run
+        self.live.add(self)
+        # The handler called last is the one registered first: be before Ray's and multiprocessing's.
+        atexit.unregister(_end_all)
+        atexit.register(_end_all)
+
+    def add(self, new: _Task | _Mapping, items: Sequence[tuple[Any, ...]] = ()) -> None:
+        """Take a task, or a mapping with further items."""
+        with self.lock:
+            if self.shut:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            if isinstance(new, _Mapping):
+                new.items.extend(items)
+            if new not in self.pending if items else True:
+                self.pending.append(new)
+            room = len(self.running) < self.max_workers + self.engine.early
+        if room:
+            self.feed()
+
+    def give_back(
+        self, mapping: _Mapping, start: int, items: list[tuple[Any, ...]], alone: bool
+    ) -> None:
+        """Take back items of a chunk that were not begun; under the lock."""
+        mapping.returned.append((start, items, alone))
+        if self.discard:
+            mapping.cancel()
+        elif mapping not in self.pending:
+            self.pending.appendleft(mapping)
+
+    def feed(self, work: _Work | None = None, reply: Reply | None = None) -> None:
+        """Finish ``work``, if given, and hand the engine all that it has room for."""
+        thread = threading.get_ident()
+        outermost = thread not in self.inside
+        self.inside.add(thread)
+        try:
+            while True:
+                if work is not None and reply is not None:
+                    self.finish(work, reply)
+                work = reply = None  # an engine that is slow to start must not keep them alive
+                with self.lock:
+                    work = self.take()
+                if work is None:
+                    break
+                try:
+                    reply = self.engine.start(work, self.feed)
+                except BaseException as error:
+                    self.finish(work, ([], error, 0, 0.0))
+                    work = None
+                    if not isinstance(error, Exception):
+                        raise  # Ctrl-C
+        finally:
+            if outermost:
+                self.inside.discard(thread)
+        self.close_if_ended()
+
+    def take(self) -> _Work | None:
+        """The next to run, counted as running from now on; under the lock."""
+        room = self.max_workers
+        if self.engine.early and self.seconds is not None:
+            # Short tasks may wait at the engine; long ones stay here, where they can be cancelled.
+            ahead = AHEAD_SECONDS * self.max_workers / max(self.seconds, 1e-9)
+            room += min(int(ahead), self.engine.early)
+        while self.pending and len(self.running) < room:
+            head = self.pending[0]
+            work: _Work | None = head.cut(self.max_workers) if isinstance(head, _Mapping) else head
+            if not isinstance(head, _Mapping) or head.is_empty():
+                self.pending.popleft()
+            if work is not None and work.claim():
+                self.running.add(work)
+                return work
+        return None
+
+    def finish(self, work: _Work, reply: Reply) -> None:
+        _, failure, begun, seconds = reply
+        try:
+            if work.stopped and failure is not None:
+                work.cancel_running()
+            else:
+                work.complete(reply)
+        finally:
+            # Only now is there room for another: never are more than max_workers running().
+            with self.lock:
+                self.running.discard(work)
+                if begun:
+                    self.seconds = seconds if self.seconds is None else (self.seconds + seconds) / 2
+
+    def shutdown(self, wait: bool = True, policy: CancellationPolicy | None = None) -> None:
+        """End: apply the policy and, if ``wait``, stay until nothing runs any more."""
+        policy = self.policy if policy is None else policy
+        cancelled: list[_Task] = []
+        stopped: list[_Work] = []
+        with self.lock:
+            self.shut = True
+            if CancellationPolicy.PENDING in policy:
+                self.discard = True
+                for entry in self.pending:
+                    if isinstance(entry, _Mapping):
+                        entry.cancel()
+                    else:
+                        cancelled.append(entry)
+                self.pending.clear()
+            if CancellationPolicy.RUNNING in policy and self.engine.stoppable and self.running:
+                self.clean = False
+                stopped.extend(self.running)
+                for work in stopped:
+                    work.stopped = True
+        while stopped:
+            self.engine.stop(stopped.pop())
+        while cancelled:
+            cancelled.pop(0).cancel()
+        self.close_if_ended()
+        if not wait or threading.get_ident() in self.inside:
+            return  # a task or callback of ours that waited here would wait for itself
+        if (reason := self.engine.lost()) is not None:
+            for work in list(self.running):
+                self.feed(work, ([], reason, 1, 0.0))
+        try:
+            with self.lock:
+                while not self.closed:
+                    self.ended.wait()
+        except BaseException:
+            # Ctrl-C in the middle of the end: whoever asks again does not want to wait for tasks.
+            self.shutdown(wait=False, policy=CancellationPolicy.ALL)
+            raise
+
+    def close_if_ended(self) -> None:
+        with self.lock:
+            if not self.shut or self.pending or self.running or self.closing:
+                return
+            self.closing = True
+        self.engine.close(self.clean)
+        with self.lock:
+            self.closed = True
+            self.ended.notify_all()
+
+
+class _Executor(Executor):
+    """An executor over an engine; what it promises stands in the README."""
+
+    def __init__(self, engine: _Engine, max_workers: int, policy: CancellationPolicy) -> None:
+        self._core = _Core(engine, max_workers, policy)
+        self._max_workers = (
+            max_workers  # read by dask, adaptive and others, as the standard library's
+        )
+        weakref.finalize(self, _drop, self._core).atexit = False
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Run ``fn(*args, **kwargs)`` on a worker, once there is room.
+
+        Raises:
+            RuntimeError: after :meth:`shutdown`.
+        """
+        task = _Task(fn, args, kwargs)
+        self._core.add(task)
+        return task
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int | None = None,
+        buffersize: int | None = None,
+    ) -> Iterator[T]:
+        """Like ``map(fn, *iterables)``, in parallel; results come in order.
+
+        Args:
+            timeout: seconds from now, after which the iterator raises.
+            chunksize: how many items go to a worker at once. By default, as many as take some
+                tens of milliseconds, as measured on those before. Items in one chunk run one
+                after the other: where one must wait for another, give 1.
+            buffersize: how many items may be in flight, read but not yielded. The iterables are
+                then read as the results are, and may be endless; otherwise they are read now.
+
+        Raises:
+            ValueError: ``chunksize`` or ``buffersize`` is below 1.
+            concurrent.futures.TimeoutError: from the iterator; what has not started is cancelled.
+            Exception: from the iterator, what ``fn`` raised for the item whose turn it is.
+        """
+        for name, value in (("chunksize", chunksize), ("buffersize", buffersize)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, or None; it is {value!r}")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        core = self._core
+        mapping = _Mapping(core, fn, chunksize)
+        source = zip(*iterables)
+        step = min(chunksize or 1, buffersize or 1)
+
+        def read(count: int | None) -> int:
+            items = list(islice(source, count))
+            if items:
+                core.add(mapping, items)
+            return len(items)
+
+        known = read(buffersize and buffersize // step * step)
+
+        def results() -> Iterator[T]:
+            nonlocal known
+            _keep = self  # as long as somebody wants the results, the executor is not dropped
+            index = free = 0
+            try:
+                while index < known:
+                    with core.lock:
+                        while index not in mapping.outcomes:
+                            left = None if deadline is None else deadline - time.monotonic()
+                            if (left is not None and left <= 0) or not mapping.changed.wait(left):
+                                raise FutureTimeoutError(
+                                    f"map() took longer than {timeout} seconds"
+                                )
+                        values, failure = mapping.outcomes.pop(index)
+                    index += len(values)
+                    values.reverse()
+                    while values:
+                        yield values.pop()  # keeps no reference to what it yields
+                        free += 1
+                        if buffersize is not None and free >= step:
+                            known += read(step)
+                            free = 0
+                    if failure is not None:
+                        try:
+                            raise failure
+                        finally:
+                            del failure  # it holds this frame
+            finally:
+                # No lock here: the garbage collector may close this anywhere, inside ours too.
+                mapping.abandoned = True
+
+        return results()
+
+    def shutdown(
+        self, wait: bool = True, *, cancel_futures: CancellationPolicy | bool | None = None
+    ) -> None:
+        """End: take no more tasks, and do with those there are as the policy says.
+
+        Args:
+            wait: return only when nothing runs any more and the workers are given back.
+            cancel_futures: a policy, a bool, or None for the executor's own.
+        """
+        self._core.shutdown(wait, None if cancel_futures is None else _as_policy(cancel_futures))
+
+
+def _drop(core: _Core) -> None:
+    """End an executor that nobody has any more."""
+    # The garbage collector calls this in any thread, maybe inside our lock: never take it here.
+    # threading.Thread takes locks of its own, so it is the bare function. At the interpreter's
+    # exit no thread can start any more; there, _end_all() does what is to do.
+    with contextlib.suppress(RuntimeError):
+        _thread.start_new_thread(core.shutdown, (False,))
+
+
+def _end_all() -> None:
+    """At exit: apply the policies, to all executors first, so that they end side by side."""
+    cores = list(_Core.live)
+    for core in cores:
+        core.shutdown(wait=False)
+    for core in cores:
+        core.shutdown()
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked child has neither our threads nor a right to our workers.
+    os.register_at_fork(after_in_child=_Core.live.clear)
+
+
+# --- what workers run -------------------------------------------------------------------------
+
+
+def _worker_functions() -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """(run, pack, serve): they are defined in here so that cloudpickle sends them by value.
+
+    A worker need not be able to import this file: they use nothing of it.
+    """
+
+    def run(
+        fn: Callable[..., Any], items: list[tuple[Any, ...]], kwargs: dict[str, Any], budget: float
+    ) -> Reply:
+        """Call ``fn`` for each item, until one fails or ``budget`` seconds are over."""
+        from time import perf_counter
+
+        values: list[Any] = []
+        error = None
+        started = perf_counter()
+        for args in items:
+            try:
+                values.append(fn(*args, **kwargs))
+            except BaseException as raised:
+                # Without this frame, which would hold the arguments.
+                tb = raised.__traceback__
+                error = raised.with_traceback(tb and tb.tb_next)
+                break
+            if perf_counter() - started > budget:
+                break
+        try:
+            return values, error, len(values) + (error is not None), perf_counter() - started
+        finally:
+            del error  # or it and this frame hold each other
+
+    def pack(
+        error: BaseException | None, dumps: Callable[[Any], bytes]
+    ) -> tuple[bytes, str] | None:
+        """An exception and its traceback, so that it can't fail to be pickled."""
+        import pickle
+        import traceback
+
+        if error is None:
+            return None
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        try:
+            return dumps(error), text
+        except Exception as reason:
+            what = f"Could not pickle the exception that a task raised ({type(error).__name__})"
+            return pickle.dumps(pickle.PicklingError(f"{what}: {reason!r}")), text
+
+    def serve(connection: Any, parent: int, lifeline: Any) -> None:
+        """The life of a worker process: read a call, run it, write its reply."""
+        import faulthandler
+        import functools
+        import importlib
+        import os
+        import pickle
+        import signal
+        import sys
+        import threading
+
+        try:
+            cloudpickle = importlib.import_module("joblib.externals.cloudpickle")
+        except ImportError:
+            cloudpickle = importlib.import_module("cloudpickle")  # since joblib 1.6
+
+        dumps = functools.partial(cloudpickle.dumps, protocol=5)
+        if os.name == "posix":
+            # A group of its own: the terminal's Ctrl-C is for the parent alone, and what a task
+            # has started is killed together with it.
+            os.setpgid(0, 0)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            # A forked child must not hold the connection open when this process is gone.
+            os.register_at_fork(after_in_child=connection.close)
+        else:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if sys.platform == "linux":
+            import ctypes
+
+            # Die with the thread that started us, even inside a C loop: prctl(2), PR_SET_PDEATHSIG.
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)  # it was gone before
+        else:
+
+            def watch() -> None:
+                try:
+                    lifeline.recv_bytes()
+                except (EOFError, OSError):
+                    os._exit(1)
+
+            threading.Thread(target=watch, daemon=True).start()
+        if not faulthandler.is_enabled() and sys.stderr is not None:
+            faulthandler.enable()
+
+        def encode(
+            values: list[Any], error: BaseException | None, begun: int, seconds: float
+        ) -> bytes:
+            try:
+                return dumps((values, pack(error, dumps), begun, seconds))
+            except BaseException as raised:
+                reason = raised
+            # A result can't be pickled: it alone fails. Those after it are never asked for.
+            good = 0
+            while good < len(values) - 1:
+                try:
+                    dumps(values[good])
+                except BaseException as raised:
+                    reason = raised
+                    break
+                good += 1
+            if isinstance(reason, Exception):
+                error = pickle.PicklingError(
+                    f"Could not pickle the result of a task, {type(values[good]).__name__}: {reason!r}"
+                ).with_traceback(reason.__traceback__)
+            else:
+                error = reason
+            return dumps((values[:good], pack(error, dumps), begun, seconds))
+
+        while True:
+            try:
+                message = connection.recv_bytes()
+            except (EOFError, OSError):
+                return
+            try:
+                call = pickle.loads(message)
+            except BaseException as error:
+                message = dumps(([], pack(error, dumps), 0, 0.0))
+            else:
+                del message
+                reply = run(*call)
+                del call
+                message = encode(*reply)
+                del reply
+            connection.send_bytes(message)
+            del message
+
+    return run, pack, serve
+
+
+_run, _pack, _serve = _worker_functions()
+
+
+def _unpack(packed: tuple[bytes, str] | None, name: str, begun: int) -> BaseException | None:
+    """The exception that a worker has packed, with the worker's traceback as its cause."""
+    from concurrent.futures.process import _RemoteTraceback  # private, but what users' tools know
+
+    if packed is None:
+        return None
+    blob, text = packed
+    try:
+        error = pickle.loads(blob)
+        if not isinstance(error, BaseException):
+            raise TypeError(f"it became {error!r}")
+    except BaseException as reason:
+        error = _broken(f"The exception that {name} raised could not be unpickled: {reason!r}")
+    else:
+        if not begun:
+            error = _broken(f"The worker could not unpickle the call of {name}: {error!r}")
+    error.__cause__ = _RemoteTraceback(f'\n"""\n{text}"""')
+    return error
+
+
+def _broken(message: str) -> BaseException:
+    from concurrent.futures.process import BrokenProcessPool  # brings in multiprocessing
+
+    return BrokenProcessPool(message)
+
+
+def _unpicklable(name: str, reason: BaseException) -> BaseException:
+    if not isinstance(reason, Exception):
+        return reason
+    error = pickle.PicklingError(
+        f"Could not pickle the call of {name}, or its arguments: {reason!r}"
+    )
+    error.__cause__ = reason
+    return error
+
+
+def _name(work: _Work) -> str:
+    """What to call a task in an error."""
+    fn = work.call[0] if work.call else work
+    return str(getattr(fn, "__qualname__", None) or f"a {type(fn).__name__}")
+
+
+def _required(package: str) -> ModuleType:
+    """A package that a backend can't do without."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        top = package.partition(".")[0]
+        if error.name != top:
+            raise  # it is there, but broken
+        raise ImportError(f"This backend needs {top}: pip install {top}", name=top) from error
+
+
+# --- sequential -------------------------------------------------------------------------------
+
+
+class _InlineEngine(_Engine):
+    """Runs a task in the thread that submits it, or in the one that makes room for it."""
+
+    limit = 1
+
+    def start(self, work: _Work, done: Callable[[_Work, Reply], None]) -> Reply | None:
+        assert work.call is not None
+        reply = cast("Reply", _run(*work.call))
+        if isinstance(reply[1], KeyboardInterrupt):
+            raise reply[1]  # the user's Ctrl-C hit the task; it was meant for the program
+        return reply
+
+
+class SequentialParallelBackend(ParallelBackend, backend_name="sequential"):
+    """Runs every task at once, in the calling process: for debuggers, profilers and ``print``."""
+
+    @classmethod
+    @_config_deprecated()
+    def executor(
+        cls,
+        max_workers: int | None = None,
+        *,
+        config: ParallelConfig | None = None,
+        cancel_futures: CancellationPolicy | bool = CancellationPolicy.PENDING,
+    ) -> Executor:
+        return _Executor(_InlineEngine(), *cls._checked(max_workers, cancel_futures, config))
+
+
+# --- joblib -----------------------------------------------------------------------------------
+
+IDLE_SECONDS = 60  # after which a worker without a task ends
+
+# What joblib.Parallel sets too, to keep n workers from starting n threads each.
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMBA_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
+
+
+class _LokyWorker:
+    """A thread of ours and the loky process that it drives.
+
+    loky's own executor is not used: one dead worker breaks all of it, and what waits inside it
+    can't be told from what runs. Here a process's death costs the task it ran, no other.
+    """
+
+    def __init__(self, env: dict[str, str], home: list[_LokyWorker]) -> None:
+        self.env = env
+        self.home = home  # the list of idle workers where it stands when it has no task
+        self.inbox: queue.SimpleQueue[tuple[_Work, Callable[..., None]] | None] = (
+            queue.SimpleQueue()
+        )
+        self.lock = threading.Lock()  # guards process and work: only what runs work may be killed
+        self.process: Any = None
+        self.connection: Any = None
+        self.lifeline: Any = None
+        self.work: _Work | None = None
+        self.crashed = False
+        threading.Thread(target=self._live, name="parallel_backend worker", daemon=True).start()
+
+    def _live(self) -> None:
+        if hasattr(signal, "pthread_sigmask"):
+            # Inherited by the process, which is then safe from Ctrl-C while it starts.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        while True:
+            try:
+                order = self.inbox.get(timeout=IDLE_SECONDS)
+            except queue.Empty:
+                try:
+                    self.home.remove(self)  # atomic, as is the pop() of who takes a worker
+                except ValueError:
+                    continue  # somebody just has: an order is on its way
+                break
+            if order is None:
+                break
+            work, done = order
+            reply = self._execute(work)
+            done(self, work, reply)
+            del order, work, done, reply  # not to be held while waiting
+        self.kill()
+
+    def _execute(self, work: _Work) -> Reply:
+        assert work.call is not None
+        name, count = _name(work), len(work.call[1])
+        try:
+            message = _dumps(work.call)
+        except BaseException as error:
+            return [], _unpicklable(name, error), 0, 0.0
+        with self.lock:
+            if work.stopped:
+                return [], CancelledError(), count, 0.0
+            self.work = work  # from now on, stop() finds it
+        try:
+            if self.process is None or not self.process.is_alive():
+                self.kill()
+                self._spawn(work)
+            self.connection.send_bytes(message)
+            del message
+            reply = self.connection.recv_bytes()
+        except (EOFError, OSError) as error:
+            return [], self._died(name, error), count, 0.0
+        finally:
+            with self.lock:
+                self.work = None
+        try:
+            values, packed, begun, seconds = pickle.loads(reply)
+        except BaseException as error:
+            failure = _broken(f"The result of {name} could not be unpickled: {error!r}")
+            failure.__cause__ = error
+            return [], failure, count, 0.0
+        return values, _unpack(packed, name, begun), begun, seconds
+
+    def _spawn(self, work: _Work) -> None:
+        from multiprocessing import Pipe
+
+        # loky's process starts a fresh interpreter that does not run __main__ anew. Its context
+        # is no public name of joblib's, but has been there since joblib 0.12.
+        context = _required("joblib.externals.loky.backend").get_context("loky")
+        ours, theirs = Pipe()
+        watched, self.lifeline = Pipe(duplex=False)  # its end tells the process of ours
+        try:
+            process = context.Process(
+                target=_serve, args=(theirs, os.getpid(), watched), env=self.env
+            )
+            process.start()
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            watched.close()
+        self.connection = ours
+        with self.lock:
+            self.process = process
+            if work.stopped:  # stop() came too early to find a process
+                _kill(process)
+
+    def _died(self, name: str, error: Exception) -> BaseException:
+        process = self.process
+        if process is None:
+            failure = _broken(f"Could not start a worker process for {name}: {error!r}")
+            failure.__cause__ = error
+            return failure
+        self.crashed = True
+        process.join(1)  # it has closed its connection, so it is gone, or as good as
+        code = process.exitcode
+        self.kill()
+        how = "in a way unknown" if code is None else f"with exit code {code}"
+        if code is not None and code < 0:
+            how = f"by signal {-code} ({signal.Signals(-code).name})"
+        return _broken(
+            f"A worker process ended {how} while it ran {name}. It may have crashed in native code, "
+            "have called os._exit(), or have been killed for its memory. Only what it ran is lost; "
+            "the executor goes on."
+        )
+
+    def stop(self, work: _Work) -> None:
+        """Kill the process, if it is this work that it runs."""
+        with self.lock:
+            if self.work is work and self.process is not None:
+                _kill(self.process)
+
+    def kill(self) -> None:
+        """End the process, if there is one, and wait until it is gone."""
+        with self.lock:
+            process, self.process = self.process, None
+            if process is not None:
+                _kill(process)
+        if process is not None:
+            process.join()
+            self.connection.close()
+            self.lifeline.close()
+
+
+def _kill(process: Any) -> None:
+    """SIGKILL to a worker process and all that it has started."""
+    if os.name != "posix":
+        process.terminate()
+        return
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+        return
+    with contextlib.suppress(ProcessLookupError):  # no group: it has just started, or just ended
+        os.kill(process.pid, signal.SIGKILL)
+
+
+class _LokyEngine(_Engine):
+    """Keeps a worker for each task that runs, and those without a task for the next."""
+
+    stoppable = True
+    parked: ClassVar[dict[object, list[_LokyWorker]]] = {}
+    """Idle workers of executors that ended well, for the next one of the same shape."""
+
+    def __init__(self, env: dict[str, str]) -> None:
+        self.env = env
+        # What a new process would inherit: only for whom it is the same may a warm one do.
+        self.shape = (*env.items(), *sys.path, *os.environ.items(), os.path.abspath("."))
+        self.idle: list[_LokyWorker] = []
+        self.busy: dict[_Work, _LokyWorker] = {}
+        self.crashed = False
+        atexit.unregister(_kill_parked)
+        atexit.register(_kill_parked)
+
+    def start(self, work: _Work, done: Callable[[_Work, Reply], None]) -> Reply | None:
+        worker = None
+        for idle in (self.idle, self.parked.get(self.shape, [])):
+            with contextlib.suppress(IndexError):
+                worker = worker or idle.pop()
+        worker = worker or _LokyWorker(self.env, self.idle)
+        self.busy[work] = worker
+
+        def finished(worker: _LokyWorker, work: _Work, reply: Reply) -> None:
+            del self.busy[work]
+            self.crashed |= worker.crashed
+            worker.home = self.idle
+            self.idle.append(worker)
+            done(work, reply)
+
+        worker.inbox.put((work, finished))
+        return None
+
+    def stop(self, work: _Work) -> None:
+        if (worker := self.busy.get(work)) is not None:
+            worker.stop(work)
+
+    def close(self, clean: bool) -> None:
+        home = self.parked.setdefault(self.shape, [])
+        while self.idle:
+            worker = self.idle.pop()
+            if clean and not self.crashed:
+                worker.home = home
+                home.append(worker)
+            else:
+                worker.kill()
+                worker.inbox.put(None)
+
+
+def _kill_parked() -> None:
+    """At exit, for which a script does not wait; and in tests."""
+    for workers in list(_LokyEngine.parked.values()):
+        while workers:
+            worker = workers.pop()
+            worker.kill()
+            worker.inbox.put(None)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_LokyEngine.parked.clear)
+
+
+@functools.cache
+def _cloudpickle() -> ModuleType:
+    """The cloudpickle that joblib uses: a package of its own since 1.6, one inside joblib before."""
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("joblib.externals.cloudpickle")
+    return _required("cloudpickle")
+
+
+def _dumps(value: object, buffers: list[pickle.PickleBuffer] | None = None) -> bytes:
+    keep = None if buffers is None else buffers.append
+    return cast("bytes", _cloudpickle().dumps(value, protocol=5, buffer_callback=keep))
+
+
+class _Shared:
+    """A handle to an object that workers read from shared memory.
+
+    Unpickled anywhere on this machine, it is the object. What is large, is written once to a
+    file, with pickle protocol 5 (PEP 574), so that the buffers of NumPy, pandas and Arrow data
+    are mapped and not copied; what is small, is pickled along. The file goes with the handle;
+    should this process be killed, loky's resource tracker removes it.
+    """
+
+    SMALL = 64 * 1024  # bytes, below which a copy is as fast as a file
+
+    def __init__(self, value: object) -> None:
+        buffers: list[pickle.PickleBuffer] = []
+        data = _dumps(value, buffers)
+        views = [buffer.raw() for buffer in buffers]
+        if len(data) + sum(view.nbytes for view in views) < self.SMALL:
+            self._pickled = _dumps(value)
+            return
+        path, spans = self._write([memoryview(data), *views])
+        # A pickle that calls a function, which is in it by value.
+        self._pickled = _dumps(_Reduced(_map_file, path, spans))
+
+    def _write(self, parts: list[memoryview]) -> tuple[str, list[tuple[int, int]]]:
+        tracker = _required("joblib.externals.loky.backend.resource_tracker")
+        folders = [os.environ.get("JOBLIB_TEMP_FOLDER"), "/dev/shm", tempfile.gettempdir()]
+        for folder in filter(None, folders):
+            try:
+                descriptor, path = tempfile.mkstemp(prefix="parallel_backend_", dir=folder)
+            except OSError:
+                continue  # there is none, or not for us; the last one speaks for itself below
+            tracker.register(path, "file")
+            try:
+                with open(descriptor, "wb") as file:
+                    spans = []
+                    for part in parts:
+                        file.seek(-file.tell() % 64, os.SEEK_CUR)  # aligned, for vector units
+                        spans.append((file.tell(), part.nbytes))
+                        file.write(part)
+            except OSError as error:
+                tracker.maybe_unlink(path, "file")
+                reason = error  # no space left, most likely
+                continue
+            weakref.finalize(self, _forget_file, tracker.maybe_unlink, path, os.getpid())
+            return path, spans
+        raise OSError(f"Could not write a shared object to any of {folders}") from reason
+
+    def load(self) -> Any:
+        return pickle.loads(self._pickled)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[bytes]]:
+        return pickle.loads, (self._pickled,)
+
+
+class _Reduced:
+    """Pickles as a call, and unpickles as what that returns."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self._call = function, args
+
+    def __reduce__(self) -> Any:
+        return self._call
+
+
+def _make_map_file() -> Callable[[str, list[tuple[int, int]]], Any]:
+    def map_file(path: str, spans: list[tuple[int, int]]) -> Any:
+        """Load an object from a file of :class:`_Shared`; runs in workers, so sent by value."""
+        import mmap
+        import pickle
+
+        with open(path, "rb") as file:
+            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        data, *buffers = (content[start : start + size] for start, size in spans)
+        return pickle.loads(data, buffers=buffers)
+
+    return map_file
+
+
+_map_file = _make_map_file()
+
+
+def _forget_file(unlink: Callable[[str, str], None], path: str, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child has a copy of the handle
+        unlink(path, "file")
+
+
+class JoblibParallelBackend(ParallelBackend, backend_name="joblib"):
+    """Runs tasks in processes of loky, joblib's own, on this machine.
+
+    Each worker may use ``available_cpus() // max_workers`` threads for BLAS and OpenMP, unless
+    the environment or ``joblib.parallel_config(inner_max_num_threads=…)`` says otherwise.
+    """
+
+    def __init__(self) -> None:
+        _required("joblib")
+        super().__init__()
+
+    @classmethod
+    @_config_deprecated()
+    def executor(
+        cls,
+        max_workers: int | None = None,
+        *,
+        config: ParallelConfig | None = None,
+        cancel_futures: CancellationPolicy | bool = CancellationPolicy.PENDING,
+    ) -> Executor:
+        workers, policy = cls._checked(max_workers, cancel_futures, config)
+        inner = getattr(cls._active()[0], "inner_max_num_threads", None)
+        threads = str(inner or max(available_cpus() // workers, 1))
+        names = (name for name in _THREAD_VARIABLES if inner or name not in os.environ)
+        return _Executor(_LokyEngine(dict.fromkeys(names, threads)), workers, policy)
+
+    @classmethod
+    def _active(cls) -> tuple[Any, int | None]:
+        """joblib's backend and n_jobs, as joblib.parallel_config() may have set them."""
+        return cast("tuple[Any, int | None]", _required("joblib.parallel").get_active_backend())
+
+    @classmethod
+    def _cpus(cls) -> tuple[int, int | None]:
+        cpus, (_, jobs) = available_cpus(), cls._active()
+        if jobs is None:
+            return cpus, None
+        bound = jobs if jobs > 0 else max(cpus + 1 + jobs, 1)
+        return min(cpus, bound), bound
+
+    def put(self, v: T) -> T:
+        return cast("T", _Shared(v))
+
+    def _value(self, handle: Any, timeout: float | None) -> Any:
+        return handle.load() if isinstance(handle, _Shared) else super()._value(handle, timeout)
+
+
+# --- Ray --------------------------------------------------------------------------------------
+
+
+def _ray_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(work, call): what Ray runs for an executor, and for ``wrap``; by value, as above."""
+    run, pack = _run, _pack
+
+    def work(spec: Any, *args: Any) -> tuple[list[Any], tuple[bytes, str] | None, int, float]:
+        """Run a task, whose arguments Ray must see one by one to resolve handles, or a chunk."""
+        import ray
+
+        fn, items, names, budget, reraise = spec
+        kwargs: dict[str, Any] = {}
+        if items is None:
+            split = len(args) - len(names)
+            items, kwargs = [args[:split]], dict(zip(names, args[split:]))
+        else:
+            ref = ray.ObjectRef
+            items = [tuple(ray.get(a) if isinstance(a, ref) else a for a in item) for item in items]
+        values, error, begun, seconds = run(fn, items, kwargs, budget)
+        if error is not None and reraise:
+            raise error
+        return values, pack(error, ray.cloudpickle.dumps), begun, seconds
+
+    def call(fn: Any, names: list[str], *args: Any) -> Any:
+        split = len(args) - len(names)
+        return fn(*args[:split], **dict(zip(names, args[split:])))
+
+    return work, call
+
+
+@functools.cache
+def _ray_remotes() -> tuple[Any, Any]:
+    """Remote functions, made once: Ray exports them when first called in each session."""
+    ray = _required("ray")
+    work, call = _ray_functions()
+    return ray.remote(work), ray.remote(call)
+
+
+def _ray_with(remote: Any, options: dict[str, Any]) -> Any:
+    if "max_calls" in options:  # the one option that can't be changed afterwards
+        return _required("ray").remote(**options)(remote._function)
+    return remote.options(**options) if options else remote
+
+
+def _started_ray(**options: Any) -> Any:
+    """The ray module, connected: as the user has, else to a cluster found, else to a new one."""
+    ray = _required("ray")
+    if not ray.is_initialized():
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        _log.info("Ray is not initialised yet: calling ray.init(%s)", given)
+        ray.init(**options)
+    return ray
+
+
+class _RayEngine(_Engine):
+    """Starts Ray tasks, and hears of their end in a thread of its own.
+
+    Ray calls back in its I/O thread, which must not be kept busy, let alone wait for an object:
+    there, the news is put into a queue and no more.
+    """
+
+    stoppable = True
+    chunk_seconds = 0.1  # some milliseconds pass from one task's end to the next one's start
+    BATCH = 16  # short tasks that are awaited together
+
+    def __init__(self, ray: Any, remote: Any, workers: int, bounded: bool, reraise: bool) -> None:
+        self.ray = ray
+        self.remote = remote
+        self.workers = workers
+        self.early = max(4 * self.BATCH, workers) if bounded else 0
+        self.reraise = reraise
+        self.session = ray.get_runtime_context().get_job_id()
+        self.refs: dict[_Work, Any] = {}
+        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._live, name="parallel_backend ray", daemon=True).start()
+
+    def start(self, work: _Work, done: Callable[[_Work, Reply], None]) -> Reply | None:
+        assert work.call is not None
+        fn, items, kwargs, budget = work.call
+        chunk, args = (items, ()) if isinstance(work, _Chunk) else (None, items[0])
+        spec = fn, chunk, list(kwargs), budget, self.reraise
+        try:
+            ref = self.remote.remote(spec, *args, *kwargs.values())
+        except self.ray.exceptions.RayError:
+            raise
+        except Exception as error:
+            return [], _unpicklable(_name(work), error), 0, 0.0
+        self.refs[work] = ref
+        if work.stopped:  # stop() came too early to find it
+            self.stop(work)
+        if len(self.refs) > self.workers:
+            # Handed over early, so these are short tasks: to wait for many of them at once costs
+            # Ray half of what it costs to be called back for each.
+            self.inbox.put((work, ref, None, done))
+        else:
+            self._watch(work, ref, done)
+        return None
+
+    def _watch(self, work: _Work, ref: Any, done: Callable[[_Work, Reply], None]) -> None:
+        ref.future().add_done_callback(lambda future: self.inbox.put((work, ref, future, done)))
+
+    def _live(self) -> None:
+        while (news := self.inbox.get()) is not None:
+            batch = [news]
+            with contextlib.suppress(queue.Empty):
+                while len(batch) < self.BATCH and batch[-1] is not None:
+                    batch.append(self.inbox.get_nowait())
+            if batch[-1] is None:
+                self.inbox.put(batch.pop())
+            ready, late = self._await([ref for _, ref, future, _ in batch if future is None])
+            while batch:
+                work, ref, future, done = batch.pop(0)
+                if ref in late:
+                    self._watch(work, ref, done)  # not that short
+                    continue
+                reply = self._reply(work, ready.pop(ref, None) or future.result)
+                self.refs.pop(work, None)
+                done(work, reply)
+            del news, work, ref, future, done  # not to be held while waiting
+            reply = None
+
+    def _await(self, refs: list[Any]) -> tuple[dict[Any, Callable[[], Any]], list[Any]]:
+        """Wait for short tasks: (how to get the value of those that are done, the others)."""
+        if not refs:
+            return {}, []
+        done, late = self.ray.wait(refs, num_returns=len(refs), timeout=AHEAD_SECONDS)
+        try:
+            values = self.ray.get(done)  # together: a tenth of the time
+        except Exception:
+            return {ref: functools.partial(self.ray.get, ref) for ref in done}, late
+        return {
+            ref: functools.partial(lambda value: value, value) for ref, value in zip(done, values)
+        }, late
+
+    def _reply(self, work: _Work, result: Callable[[], Any]) -> Reply:
+        assert work.call is not None
+        name, count = _name(work), len(work.call[1])
+        errors = self.ray.exceptions
+        try:
+            values, packed, begun, seconds = result()
+            return values, _unpack(packed, name, begun), begun, seconds
+        except errors.RayTaskError as error:
+            # Not from the task, whose exceptions come as values, but from around it.
+            if isinstance(error.cause, errors.RaySystemError):
+                failure = _broken(f"The worker could not unpickle the call of {name}")
+                failure.__cause__ = error
+                return [], failure, 0, 0.0
+            return [], _ray_cause(error), count, 0.0
+        except (errors.RaySystemError, *_ray_losses(errors)) as error:
+            failure = _broken(f"Ray lost {name}, or its result: {error}")
+            failure.__cause__ = error
+            return [], failure, count, 0.0
+        except BaseException as error:
+            return [], error, count, 0.0
+
+    def stop(self, work: _Work) -> None:
+        if (ref := self.refs.get(work)) is not None:
+            self.ray.cancel(ref, force=True)
+
+    def close(self, clean: bool) -> None:
+        self.inbox.put(None)
+
+    def lost(self) -> BaseException | None:
+        ray = self.ray
+        if ray.is_initialized() and ray.get_runtime_context().get_job_id() == self.session:
+            return None
+        return _broken("Ray was shut down while tasks ran")
+
+
+def _ray_cause(error: Any) -> BaseException:
+    """The exception inside a RayTaskError, with the worker's traceback as its cause."""
+    from concurrent.futures.process import _RemoteTraceback
+
+    cause = error.cause
+    if not isinstance(cause, BaseException):
+        return cast("BaseException", error)
+    cause.__cause__ = _RemoteTraceback(f'\n"""\n{error.traceback_str}"""')
+    return cause
+
+
+def _ray_losses(errors: ModuleType) -> list[type[BaseException]]:
+    """Ray's errors that mean that a worker, a node or an object is gone; not every version has all."""
+    names = (
+        "WorkerCrashedError",
+        "OutOfMemoryError",
+        "NodeDiedError",
+        "LocalRayletDiedError",
+        "ObjectLostError",
+    )
+    return [getattr(errors, name) for name in names if hasattr(errors, name)]
+
+
+class RayParallelBackend(ParallelBackend, backend_name="ray"):
+    """Runs tasks on a Ray cluster: the one Ray is connected to, else what ``ray.init()`` finds
+    (``RAY_ADDRESS``, or a cluster on this machine), else a new one on this machine.
+
+    ``put`` and ``wrap`` return Ray's own ``ObjectRef``.
+    """
+
+    def __init__(self) -> None:
+        _started_ray()
+        super().__init__()
+
+    @classmethod
+    def _configured(cls, config: ParallelConfig) -> type[ParallelBackend]:
+        cls._connect(config)
+        return super()._configured(config)
+
+    @classmethod
+    def _connect(cls, config: ParallelConfig | None) -> Any:
+        options: dict[str, Any] = {}
+        if config is not None:
+            address = config.address
+            options = {
+                "address": "{}:{}".format(*address) if isinstance(address, tuple) else address,
+                "num_cpus": config.n_cpus_local,
+                "logging_level": config.logging_level,
+            }
+        return _started_ray(**{key: value for key, value in options.items() if value is not None})
+
+    @classmethod
+    @_config_deprecated()
+    def executor(
+        cls,
+        max_workers: int | None = None,
+        *,
+        config: ParallelConfig | None = None,
+        cancel_futures: CancellationPolicy | bool = CancellationPolicy.PENDING,
+        **options: Any,
+    ) -> Executor:
+        """As the base class has it; ``options`` are those of Ray's tasks (``num_cpus``,
+        ``num_gpus``, ``resources``, ``max_retries``, …), for every task."""
+        ray = cls._connect(config)
+        workers, policy = cls._checked(max_workers, cancel_futures, config)
+        # Where Ray's CPUs bound what runs at once, Ray may have short tasks before they can run.
+        each = options.get("num_cpus", 1)
+        bounded = bool(each) and workers >= int(cls._cpus()[0] / each)
+        remote = _ray_with(_ray_remotes()[0], options)
+        reraise = bool(options.get("retry_exceptions"))  # Ray must see what it is to retry
+        engine = _RayEngine(ray, remote, workers, bounded, reraise)
+        return _Executor(engine, workers, policy)
+
+    @classmethod
+    def _cpus(cls) -> tuple[int, int | None]:
+        cpus = max(int(_started_ray().cluster_resources().get("CPU", 1)), 1)
+        return cpus, cpus
+
+    def put(self, v: T) -> T:
+        return cast("T", _started_ray().put(v))
+
+    def wrap(self, fun: Callable[..., T], **options: Any) -> Callable[..., Handle[T]]:
+        _started_ray()
+        remote = _ray_with(_ray_remotes()[1], options)
+
+        @functools.wraps(fun)
+        def start(*args: Any, **kwargs: Any) -> Any:
+            return remote.remote(fun, list(kwargs), *args, *kwargs.values())
+
+        return start
+
+    def _future(self, handle: Any) -> Future[Any] | None:
+        if isinstance(handle, _required("ray").ObjectRef):
+            return cast("Future[Any]", handle.future())
+        return super()._future(handle)
+
+    def _value(self, handle: Any, timeout: float | None) -> Any:
+        ray = _required("ray")
+        if not isinstance(handle, ray.ObjectRef):
+            return super()._value(handle, timeout)
+        try:
+            return ray.get(handle, timeout=timeout)
+        except ray.exceptions.RayTaskError as error:
+            raise _ray_cause(error) from _ray_cause(error).__cause__
+
+
+# --- the self-test ----------------------------------------------------------------------------
+
+
+def _checks(name: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(what is checked, a function that raises if it does not hold), in order, for a backend."""
+    backend: ParallelBackend = cast("ParallelBackend", None)
+    wait = 60  # seconds, for an answer that should take none
+
+    def start() -> None:
+        nonlocal backend
+        if name == "ray":
+            _started_ray(logging_level=logging.ERROR, log_to_driver=False)
+        backend = init_parallel_backend(name)
+
+    def first_task() -> None:
+        with backend.executor() as executor:
+            assert executor.submit(lambda: 6 * 7).result(wait) == 42
+
+    def map_items() -> None:
+        with backend.executor() as executor:
+            assert list(executor.map(pow, range(1000), [2] * 1000, timeout=wait)) == [
+                number**2 for number in range(1000)
+            ]
+
+    def put_and_get() -> None:
+        value = bytes(range(256)) * 4096
+        handle = backend.put(value)
+        assert backend.get(backend.wrap(len)(handle), timeout=wait) == len(value)
+        assert backend.get(handle, timeout=wait) == value
+
+    def exception() -> None:
+        with backend.executor() as executor:
+            error = executor.submit(divmod, 1, 0).exception(wait)
+        assert type(error) is ZeroDivisionError, repr(error)
+
+    def policy(policy: CancellationPolicy) -> None:
+        inline = name == "sequential"  # all is done there before there is anything to cancel
+        stops = CancellationPolicy.RUNNING in policy and not inline
+        with backend.executor(1, cancel_futures=policy) as executor:
+            running = executor.submit(time.sleep, wait if stops else 0.1)
+            pending = executor.submit(int)
+        assert running.cancelled() == stops, f"the running task: {running}"
+        cancels = CancellationPolicy.PENDING in policy and not inline
+        assert pending.cancelled() == cancels, f"the pending task: {pending}"
+
+    yield "start", start
+    yield "first task", first_task
+    yield "map of 1,000 items", map_items
+    yield "put and get of 1 MiB", put_and_get
+    yield "a task's exception", exception
+    for each in ("NONE", "PENDING", "RUNNING", "ALL"):
+        yield f"cancellation: {each}", functools.partial(policy, CancellationPolicy[each])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The self-test; the number of backends that are installed and fail, 1 at most."""
+    import argparse
+    import platform
+
+    parser = argparse.ArgumentParser(
+        prog="python -m parallel_backend",
+        description="Check what parallel_backend can run on here, on the real engines.",
+        epilog="The exit status is 1 if anything that is installed fails; what is missing is no failure.",
+    )
+    parser.add_argument(
+        "--backend",
+        action="append",
+        choices=list(ParallelBackend.BACKENDS),
+        help="check this one only; can be given several times",
+    )
+    chosen = parser.parse_args(arguments).backend or list(ParallelBackend.BACKENDS)
+
+    def say(what: str, result: str, seconds: float | None = None) -> None:
+        time_taken = "" if seconds is None else f"{seconds * 1000:8,.0f} ms"
+        print(f"  {what:<24} {result:<6}{time_taken}".rstrip(), flush=True)
+
+    limits = _cpu_limits()
+    count, reason = min(limits)
+    of = f" of {limits[0][0]}" if limits[0][0] > count else ""
+    print(f"parallel_backend {__version__}")
+    say("Python", f"{platform.python_version()} on {platform.platform()}")
+    say("CPUs", f"{count}{of}: {reason}")
+    failed = []
+    for name in chosen:
+        print()
+        try:
+            version = "" if name == "sequential" else _required(name).__version__
+        except ImportError as error:
+            print(f"{name}: {'not installed: ' if error.name == name else ''}{error}")
+            if error.name != name:
+                failed.append(name)
+            continue
+        print(f"{name} {version}".rstrip())
+        for what, check in _checks(name):
+            started = time.perf_counter()
+            try:
+                check()
+            except Exception as error:
+                say(what, "FAILED", time.perf_counter() - started)
+                print(f"    {type(error).__name__}: {error}")
+                failed.append(name)
+                if what == "start":
+                    break
+            else:
+                say(what, "ok", time.perf_counter() - started)
+    print()
+    print(
+        f"Failed: {', '.join(dict.fromkeys(failed))}" if failed else "All that is installed works."
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
