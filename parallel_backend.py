@@ -47,15 +47,12 @@ import weakref
 from concurrent.futures import CancelledError, Executor, Future, as_completed
 from concurrent.futures import TimeoutError as FutureTimeoutError  # not the builtin before 3.11
 from dataclasses import dataclass
-from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast, overload
+from itertools import islice, takewhile
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast, overload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from types import ModuleType
-    from typing import ParamSpec
-
-    P = ParamSpec("P")
 
 T = TypeVar("T")
 
@@ -103,7 +100,10 @@ def _as_policy(value: CancellationPolicy | bool) -> CancellationPolicy:
 def _warn_caller(message: str, category: type[Warning]) -> None:
     """Warn at the nearest line outside this file: there stands what the reader can change."""
     level, frame = 1, sys._getframe()
-    while frame.f_globals is globals() and frame.f_back is not None:
+    # Nor can they change the event loop, which before Python 3.12 may be what steps a coroutine.
+    while frame.f_back is not None and (
+        frame.f_globals is globals() or str(frame.f_globals.get("__name__")).startswith("asyncio.")
+    ):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
 
@@ -111,11 +111,14 @@ def _warn_caller(message: str, category: type[Warning]) -> None:
 def _meant(value: object, parameter: inspect.Parameter | None) -> bool:
     """Whether a caller who passes ``value`` says more than the parameter's default does."""
     default = inspect.Parameter.empty if parameter is None else parameter.default
-    return not (value is default or (type(value) is type(default) and value == default))
+    try:
+        return value is not default and not (type(value) is type(default) and value == default)
+    except Exception:
+        return True  # the == of arrays is no single truth
 
 
 def deprecated(
-    target: Callable[..., Any] | bool | None = None,
+    target: Callable[..., Any] | Literal[True] | None = None,
     *,
     args_mapping: Mapping[str, str | None] | None = None,
     deprecated_in: str,
@@ -143,100 +146,115 @@ def deprecated(
         applies: says of an argument's value whether it is deprecated; by default every one is.
 
     Raises:
-        TypeError: at decoration, if ``args_mapping`` is missing or names no parameter; at a call
-            that gives both an argument and its replacement.
+        TypeError: at decoration, of a class (decorate its ``__init__``), or if ``args_mapping`` is
+            missing, names no parameter, or takes away one that has no default; at a call that
+            gives both an argument and its replacement.
     """
     mapping = dict(args_mapping or {})
-    since = f"is deprecated since {deprecated_in} and will be removed in {remove_in}"
+    if isinstance(target, (classmethod, staticmethod)):  # as it is called in its class's body
+        target = target.__func__
 
     def decorate(function: Any) -> Any:
         if isinstance(function, (classmethod, staticmethod)):
             return type(function)(decorate(function.__func__))
-        name = function.__qualname__.removesuffix(".__init__")
-        receiver = target if callable(target) else function
-        given, accepted = inspect.signature(function), inspect.signature(receiver)
+        name = getattr(function, "__qualname__", repr(function)).removesuffix(".__init__")
+        if isinstance(function, type):
+            raise TypeError(f"deprecated() takes no class: decorate {name}.__init__()")
         if target is True and not mapping:
             raise TypeError(f"deprecated(True) needs args_mapping: which arguments of {name}()?")
-        for signature, arguments in ((given, mapping), (accepted, filter(None, mapping.values()))):
-            kinds = {parameter.kind for parameter in signature.parameters.values()}
-            for argument in arguments:
-                if (
-                    argument not in signature.parameters
-                    and inspect.Parameter.VAR_KEYWORD not in kinds
-                ):
-                    raise TypeError(f"args_mapping names {argument!r}, no parameter of {name}()")
-        use = instead or (f"use `{target.__qualname__}` instead" if callable(target) else "")
-        notice = "; ".join(filter(None, (f"`{name}` {since}", use))) + "."
+        receiver = target if callable(target) else function
+        given, taken = (
+            inspect.signature(each).parameters if mapping else {}  # not every builtin has one
+            for each in (function, receiver)
+        )
+        for known, arguments in ((given, {*mapping}), (taken, {*mapping.values()} - {None})):
+            unknown = arguments - known.keys()
+            if unknown and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+                raise TypeError(f"args_mapping names {unknown}, no parameter of {name}()")
+        for old, new in mapping.items():
+            needed = old in given and given[old].default is inspect.Parameter.empty
+            if target is True and new != old and needed:
+                raise TypeError(f"args_mapping takes {old!r} from {name}(): give it a default")
+        places, seats = (
+            [n for n, p in known.items() if p.kind <= p.POSITIONAL_OR_KEYWORD]
+            for known in (given, taken)
+        )
 
-        def translate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        def notice(what: str, use: str) -> str:
+            what += f" is deprecated since {deprecated_in} and will be removed in {remove_in}"
+            return "; ".join(filter(None, (what, instead or use))) + "."
+
+        use = f"use `{getattr(target, '__qualname__', target)}` instead"
+        whole = notice(f"`{name}`", use if callable(target) else "")
+
+        def translate(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
             """Warn of what is deprecated and return the arguments that the receiver takes."""
             if target is not True:
-                _warn_caller(notice, category)
-            try:
-                values = given.bind(*args, **kwargs).arguments
-            except TypeError:
-                return args, kwargs  # the receiver says better what is wrong
-            for parameter in given.parameters.values():
-                if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                    values.update(values.pop(parameter.name, {}))
-            renamed = False
-            for old in mapping.keys() & values.keys():
-                new, value = mapping[old], values[old]
-                meant = _meant(value, given.parameters.get(old))
+                _warn_caller(whole, category)
+            placed = dict(zip(places, args))
+            moved = []
+            for old, new in mapping.items():
+                source = placed if old in placed else named
+                if old not in source:
+                    continue
+                value = source[old]
+                meant = _meant(value, given.get(old))
                 if target is True and meant and applies(value):
-                    hint = instead or (
-                        "it has no effect" if new is None else f"use `{new}` instead"
-                    )
-                    hints = (
-                        f"The argument `{old}` of `{name}` {since}",
-                        instead if new == old else hint,
-                    )
-                    _warn_caller("; ".join(filter(None, hints)) + ".", category)
+                    use = f"use `{new}` instead" if new else "it has no effect"
+                    argument = f"The argument `{old}` of `{name}`"
+                    _warn_caller(notice(argument, use if new != old else ""), category)
                 if new == old:
                     continue
-                renamed = True
-                del values[old]
-                if new is not None and (meant or target is not True):
-                    if new in values and _meant(values[new], accepted.parameters.get(new)):
+                if target is True and source is placed:
+                    placed[old] = given[old].default  # those after it keep their places
+                else:
+                    del source[old]
+                if new and (meant or target is not True):
+                    moved.append((old, new, value))
+            renamed: dict[str, Any] = {}
+            for old, new, value in moved:
+                for source in (placed, named, renamed):
+                    if new in source and _meant(source.pop(new), taken.get(new)):
                         raise TypeError(f"{name}() got both {new!r} and {old!r}, its old name")
-                    values[new] = value
-            if not renamed:
-                return args, kwargs
-            named = collections.OrderedDict(
-                (n, v) for n, v in values.items() if n in accepted.parameters
-            )
-            call = inspect.BoundArguments(accepted, named)
-            return call.args, {
-                **call.kwargs,
-                **{n: values[n] for n in values.keys() - named.keys()},
-            }
+                renamed[new] = value
+            placed.update(renamed)
+            leading = list(takewhile(placed.__contains__, seats))
+            args = (*map(placed.pop, leading), *args[len(places) :])
+            return args, {**named, **placed}
 
-        is_coroutine = inspect.iscoroutinefunction(function)
-        if is_coroutine and sys.version_info < (3, 12):
-            # Before 3.12 a plain function can't pass for a coroutine function. The warning comes
-            # with the first step then; the caller's line stands there too if it awaits the call.
-            @functools.wraps(function)
-            async def wrapper(*args: Any, **kwargs: Any) -> Any:
-                args, kwargs = translate(args, kwargs)
-                return await receiver(*args, **kwargs)
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = translate(args, kwargs)
+            return receiver(*args, **kwargs)
 
-        else:
-
-            @functools.wraps(function)
-            def wrapper(*args: Any, **kwargs: Any) -> Any:
-                args, kwargs = translate(args, kwargs)
-                return receiver(*args, **kwargs)
-
-            if is_coroutine and sys.version_info >= (3, 12):
+        if inspect.iscoroutinefunction(receiver):
+            if sys.version_info >= (3, 12):
                 inspect.markcoroutinefunction(wrapper)
+            else:
+                # Only a coroutine function passes for one there, and it warns at its first step:
+                # of the line that awaits it, or failing that, of the one that runs the event loop.
+                call = wrapper
+
+                @functools.wraps(function)
+                async def wrapper(*args: Any, **kwargs: Any) -> Any:
+                    return await call(*args, **kwargs)
+
         if target is not True:
-            wrapper.__deprecated__ = notice  # type: ignore[attr-defined]  # as PEP 702 has it
+            wrapper.__deprecated__ = whole  # type: ignore[attr-defined]  # as PEP 702 has it
         return wrapper
 
     return decorate
 
 
+def _evaluated(cls: type[T]) -> type[T]:
+    """Let dataclass() see types and not strings, for which it needs sys.modules[__name__]: that is
+    missing where the file was loaded from its path and nobody has put it there."""
+    cls.__annotations__ = {k: eval(v) for k, v in cls.__annotations__.items()}
+    return cls
+
+
 @dataclass(frozen=True)
+@_evaluated
 class ParallelConfig:
     """The configuration of old, still honoured; deprecated since 0.9.0, gone in 0.10.0.
 
@@ -248,7 +266,7 @@ class ParallelConfig:
         wait_timeout: seconds; without effect, since nothing polls any more.
 
     Raises:
-        ValueError: if both ``address`` and ``n_cpus_local`` are given.
+        ValueError: if both ``address`` and ``n_cpus_local`` are given, or the latter is below 1.
     """
 
     backend: str = "joblib"
@@ -263,6 +281,8 @@ class ParallelConfig:
                 "ParallelConfig takes address or n_cpus_local, not both: the CPUs of a cluster "
                 "that runs already are not ours to set"
             )
+        if self.n_cpus_local is not None and self.n_cpus_local < 1:
+            raise ValueError(f"n_cpus_local must be at least 1, not {self.n_cpus_local!r}")
 
 
 # --- CPUs -------------------------------------------------------------------------------------
@@ -290,8 +310,9 @@ def _cpu_limits(root: str = "") -> list[tuple[int, str]]:
     if (count := _positive(override)) is not None:
         return [(count, source)]
     limits = [(os.cpu_count() or 1, "CPUs of the machine")]
-    if sys.platform == "linux":  # others have no such call, or none that the standard library knows
-        limits.append((len(os.sched_getaffinity(0)) or 1, "affinity mask"))
+    if hasattr(os, "sched_getaffinity"):  # Linux, Android, FreeBSD
+        with contextlib.suppress(OSError):  # a sandbox may forbid it
+            limits.append((len(os.sched_getaffinity(0)) or 1, "affinity mask"))
     if (count := _positive(os.environ.get("LOKY_MAX_CPU_COUNT"))) is not None:
         limits.append((count, "LOKY_MAX_CPU_COUNT"))
     for quota, period in _cgroup_quotas(root):
@@ -300,20 +321,20 @@ def _cpu_limits(root: str = "") -> list[tuple[int, str]]:
 
 
 def _positive(text: object) -> int | None:
-    """``text`` as a whole number above 0, if it is one."""
+    """``text`` as a whole number above 0, of no more than 64 bits, if it is one."""
     try:
-        count = int(cast("str", text))
-    except (TypeError, ValueError):
+        count = int(text) if isinstance(text, str) else 0  # -X cpu_count without a value is True
+    except ValueError:
         return None
-    return count if count > 0 else None
+    return count if 0 < count < 1 << 64 else None
 
 
 def _read(path: str) -> str:
     """A file of the kernel's; empty where there is none, or it is not for us to read."""
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read()
-    except OSError:
+        with open(path, "rb") as file:
+            return os.fsdecode(file.read())
+    except (OSError, ValueError):  # ValueError: the path has a NUL or cannot be encoded
         return ""
 
 
@@ -323,16 +344,20 @@ def _cgroup_quotas(root: str) -> Iterator[tuple[int, int]]:
     Formats: ``proc(5)`` for mountinfo, ``cgroups(7)`` for /proc/self/cgroup.
     """
     own = {}  # "" for v2, "cpu" for v1 -> this process's path in that hierarchy
-    for line in _read(f"{root}/proc/self/cgroup").splitlines():
+    # Not splitlines() and split(): names may contain what only Python takes for a line's end.
+    for line in _read(f"{root}/proc/self/cgroup").split("\n"):
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        for key in {"", "cpu"}.intersection(controllers.split(",")):
-            own[key] = path
-    for line in _read(f"{root}/proc/self/mountinfo").splitlines() if own else ():
+        if path.startswith("/"):
+            for key in {"", "cpu"}.intersection(controllers.split(",")):
+                own[key] = [*filter(None, path.split("/"))]
+    for line in _read(f"{root}/proc/self/mountinfo").split("\n") if own else ():
+        if " - cgroup" not in line:
+            continue  # soon: there may be thousands
         fields, _, kind = line.partition(" - ")
         filesystem, _, options = kind.partition(" ")
         version = {"cgroup": "cpu", "cgroup2": ""}.get(filesystem)
-        columns = fields.split()
+        columns = fields.split(" ")
         if version not in own or len(columns) < 5:
             continue
         if version == "cpu" and "cpu" not in options.rpartition(" ")[2].split(","):
@@ -342,13 +367,14 @@ def _cgroup_quotas(root: str) -> Iterator[tuple[int, int]]:
             re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), column)
             for column in columns[3:5]
         )
-        path = own[version]
-        if path.startswith("/.."):
-            path = mounted  # beyond this cgroup namespace: the mount is as near as we can see
-        inside = os.path.relpath(path, mounted)
-        if inside.startswith(".."):
-            continue  # a mount of some other part of the tree
-        parts = [] if inside == "." else inside.split("/")
+        above = [*filter(None, mounted.split("/"))]
+        parts = own[version][len(above) :]
+        if own[version][: len(above)] != above or ".." in parts:
+            if ".." not in (*own[version], *above):
+                continue  # a mount of some other part of the tree
+            # One is beyond this cgroup namespace, the way there without names: the mount is as
+            # near as we can see.
+            parts = []
         for depth in range(len(parts), -1, -1):
             folder = "/".join([root + mount, *parts[:depth]])
             if version == "":
@@ -448,6 +474,10 @@ class ParallelBackend(abc.ABC):
     def get(
         self, v: list[Future[T]] | list[Handle[T]], *, timeout: float | None = None
     ) -> list[T]: ...
+    @overload
+    def get(
+        self, v: tuple[Future[T] | Handle[T], ...], *, timeout: float | None = None
+    ) -> tuple[T, ...]: ...
     @overload
     def get(self, v: T, *, timeout: float | None = None) -> T: ...
     def get(self, v: Any, *, timeout: float | None = None) -> Any:
@@ -568,7 +598,9 @@ class ParallelBackend(abc.ABC):
 
         A class and not an instance carries the bound because ``executor`` is a class method.
         """
-        return type(cls)(cls.__name__, (cls,), {"_n_cpus_local": config.n_cpus_local})
+        metaclass: Any = type(cls)
+        bounded = metaclass(cls.__name__, (cls,), {"_n_cpus_local": config.n_cpus_local})
+        return cast("type[ParallelBackend]", bounded)
 
     @classmethod
     def _checked(
@@ -584,6 +616,8 @@ class ParallelBackend(abc.ABC):
             raise TypeError(f"max_workers must be an int, not {max_workers!r}")
         elif max_workers < 1:
             raise ValueError("max_workers must be greater than 0")
+        if config is not None and not isinstance(config, ParallelConfig):
+            raise TypeError(f"config must be a ParallelConfig, not {config!r}")
         for bound in (cls._n_cpus_local, config and config.n_cpus_local):
             max_workers = min(max_workers, bound or max_workers)
         return max_workers, _as_policy(cancel_futures)
@@ -595,6 +629,7 @@ _config_deprecated = functools.partial(
     args_mapping={"config": "config"},
     deprecated_in="0.9.0",
     remove_in="0.10.0",
+    instead="use `max_workers` instead, and for Ray's own settings ray.init()",
 )
 
 
@@ -1137,8 +1172,8 @@ if hasattr(os, "register_at_fork"):
 # --- what workers run -------------------------------------------------------------------------
 
 
-def _worker_functions() -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """(run, pack, serve): they are defined in here so that cloudpickle sends them by value.
+def _worker_functions() -> tuple[Callable[..., Any], ...]:
+    """(run, pack, seal, serve): they are defined in here so that cloudpickle sends them by value.
 
     A worker need not be able to import this file: they use nothing of it.
     """
@@ -1183,6 +1218,37 @@ def _worker_functions() -> tuple[Callable[..., Any], Callable[..., Any], Callabl
             what = f"Could not pickle the exception that a task raised ({type(error).__name__})"
             return pickle.dumps(pickle.PicklingError(f"{what}: {reason!r}")), text
 
+    def seal(reply: Reply, dumps: Callable[..., bytes], buffers: list[Any] | None = None) -> bytes:
+        """The pickle of a reply, or else of the failure to pickle it; its buffers go to a list."""
+        import pickle
+
+        options: dict[str, Any] = {}
+        if buffers is not None:
+            options = {"protocol": 5, "buffer_callback": buffers.append}
+
+        values, error, begun, seconds = reply
+        try:
+            return dumps((values, pack(error, dumps), begun, seconds), **options)
+        except BaseException as raised:
+            reason = raised
+        # The first result that can't be pickled fails. Those after it are never asked for.
+        good = 0
+        while good < len(values) - 1:
+            try:
+                dumps(values[good])
+            except BaseException as raised:
+                reason = raised
+                break
+            good += 1
+        error = reason
+        if isinstance(reason, Exception):
+            what = f"Could not pickle the result of a task, {type(values[good]).__name__}"
+            error = pickle.PicklingError(f"{what}: {reason!r}")
+            error.with_traceback(reason.__traceback__)
+        if buffers is not None:
+            buffers.clear()
+        return dumps((values[:good], pack(error, dumps), begun, seconds), **options)
+
     def serve(connection: Any, parent: int, lifeline: Any) -> None:
         """The life of a worker process: read a call, run it, write its reply."""
         import faulthandler
@@ -1199,8 +1265,8 @@ def _worker_functions() -> tuple[Callable[..., Any], Callable[..., Any], Callabl
         except ImportError:
             cloudpickle = importlib.import_module("cloudpickle")  # since joblib 1.6
 
-        dumps = functools.partial(cloudpickle.dumps, protocol=5)
-        if os.name == "posix":
+        dumps: Callable[[Any], bytes] = functools.partial(cloudpickle.dumps, protocol=5)
+        if sys.platform != "win32":
             # A group of its own: the terminal's Ctrl-C is for the parent alone, and what a task
             # has started is killed together with it.
             os.setpgid(0, 0)
@@ -1228,30 +1294,6 @@ def _worker_functions() -> tuple[Callable[..., Any], Callable[..., Any], Callabl
         if not faulthandler.is_enabled() and sys.stderr is not None:
             faulthandler.enable()
 
-        def encode(
-            values: list[Any], error: BaseException | None, begun: int, seconds: float
-        ) -> bytes:
-            try:
-                return dumps((values, pack(error, dumps), begun, seconds))
-            except BaseException as raised:
-                reason = raised
-            # A result can't be pickled: it alone fails. Those after it are never asked for.
-            good = 0
-            while good < len(values) - 1:
-                try:
-                    dumps(values[good])
-                except BaseException as raised:
-                    reason = raised
-                    break
-                good += 1
-            if isinstance(reason, Exception):
-                error = pickle.PicklingError(
-                    f"Could not pickle the result of a task, {type(values[good]).__name__}: {reason!r}"
-                ).with_traceback(reason.__traceback__)
-            else:
-                error = reason
-            return dumps((values[:good], pack(error, dumps), begun, seconds))
-
         while True:
             try:
                 message = connection.recv_bytes()
@@ -1265,15 +1307,15 @@ def _worker_functions() -> tuple[Callable[..., Any], Callable[..., Any], Callabl
                 del message
                 reply = run(*call)
                 del call
-                message = encode(*reply)
+                message = seal(reply, dumps)
                 del reply
             connection.send_bytes(message)
             del message
 
-    return run, pack, serve
+    return run, pack, seal, serve
 
 
-_run, _pack, _serve = _worker_functions()
+_run, _pack, _seal, _serve = _worker_functions()
 
 
 def _unpack(packed: tuple[bytes, str] | None, name: str, begun: int) -> BaseException | None:
@@ -1292,8 +1334,20 @@ def _unpack(packed: tuple[bytes, str] | None, name: str, begun: int) -> BaseExce
     else:
         if not begun:
             error = _broken(f"The worker could not unpickle the call of {name}: {error!r}")
-    error.__cause__ = _RemoteTraceback(f'\n"""\n{text}"""')
+    error.__cause__ = _RemoteTraceback(cast("Any", f'\n"""\n{text}"""'))
     return error
+
+
+def _opened(data: bytes | None, rest: Any, name: str, count: int) -> Reply:
+    """The reply that a worker has sealed: its pickle and buffers, or None and the reply itself."""
+    try:
+        reply = rest if data is None else pickle.loads(data, buffers=rest)
+    except BaseException as error:
+        failure = _broken(f"The result of {name} could not be unpickled: {error!r}")
+        failure.__cause__ = error
+        return [], failure, count, 0.0
+    values, packed, begun, seconds = reply
+    return values, _unpack(packed, name, begun), begun, seconds
 
 
 def _broken(message: str) -> BaseException:
@@ -1319,14 +1373,15 @@ def _name(work: _Work) -> str:
 
 
 def _required(package: str) -> ModuleType:
-    """A package that a backend can't do without."""
+    """A package that a backend can't do without, or a module of one."""
+    top = package.partition(".")[0]
     try:
-        return importlib.import_module(package)
+        importlib.import_module(top)
     except ImportError as error:
-        top = package.partition(".")[0]
-        if error.name != top:
+        if error.name not in (top, None):
             raise  # it is there, but broken
         raise ImportError(f"This backend needs {top}: pip install {top}", name=top) from error
+    return importlib.import_module(package)
 
 
 # --- sequential -------------------------------------------------------------------------------
@@ -1398,7 +1453,7 @@ class _LokyWorker:
         threading.Thread(target=self._live, name="parallel_backend worker", daemon=True).start()
 
     def _live(self) -> None:
-        if hasattr(signal, "pthread_sigmask"):
+        if sys.platform != "win32":
             # Inherited by the process, which is then safe from Ctrl-C while it starts.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         while True:
@@ -1441,13 +1496,7 @@ class _LokyWorker:
         finally:
             with self.lock:
                 self.work = None
-        try:
-            values, packed, begun, seconds = pickle.loads(reply)
-        except BaseException as error:
-            failure = _broken(f"The result of {name} could not be unpickled: {error!r}")
-            failure.__cause__ = error
-            return [], failure, count, 0.0
-        return values, _unpack(packed, name, begun), begun, seconds
+        return _opened(reply, (), name, count)
 
     def _spawn(self, work: _Work) -> None:
         from multiprocessing import Pipe
@@ -1513,7 +1562,7 @@ class _LokyWorker:
 
 def _kill(process: Any) -> None:
     """SIGKILL to a worker process and all that it has started."""
-    if os.name != "posix":
+    if sys.platform == "win32":
         process.terminate()
         return
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -1736,12 +1785,13 @@ class JoblibParallelBackend(ParallelBackend, backend_name="joblib"):
 
 def _ray_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(work, call): what Ray runs for an executor, and for ``wrap``; by value, as above."""
-    run, pack = _run, _pack
+    run, pack, seal = _run, _pack, _seal
 
-    def work(spec: Any, *args: Any) -> tuple[list[Any], tuple[bytes, str] | None, int, float]:
+    def work(spec: Any, *args: Any) -> tuple[bytes | None, Any]:
         """Run a task, whose arguments Ray must see one by one to resolve handles, or a chunk."""
         import ray
 
+        dumps = ray.cloudpickle.dumps
         fn, items, names, budget, reraise = spec
         kwargs: dict[str, Any] = {}
         if items is None:
@@ -1753,7 +1803,12 @@ def _ray_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
         values, error, begun, seconds = run(fn, items, kwargs, budget)
         if error is not None and reraise:
             raise error
-        return values, pack(error, ray.cloudpickle.dumps), begun, seconds
+        if any(isinstance(value, ray.ObjectRef) for value in values):
+            # Ray must see a handle that is a result, or it would keep the object for ever.
+            return None, (values, pack(error, dumps), begun, seconds)
+        # Not left to Ray: it unpickles in its I/O thread, where a failure would go unheard.
+        buffers: list[Any] = []
+        return seal((values, error, begun, seconds), dumps, buffers), buffers
 
     def call(fn: Any, names: list[str], *args: Any) -> Any:
         split = len(args) - len(names)
@@ -1847,11 +1902,11 @@ class _RayEngine(_Engine):
                 if ref in late:
                     self._watch(work, ref, done)  # not that short
                     continue
-                reply = self._reply(work, ready.pop(ref, None) or future.result)
+                reply = self._reply(work, ready.pop(ref) if future is None else future.result)
                 self.refs.pop(work, None)
                 done(work, reply)
+                del reply
             del news, work, ref, future, done  # not to be held while waiting
-            reply = None
 
     def _await(self, refs: list[Any]) -> tuple[dict[Any, Callable[[], Any]], list[Any]]:
         """Wait for short tasks: (how to get the value of those that are done, the others)."""
@@ -1871,8 +1926,8 @@ class _RayEngine(_Engine):
         name, count = _name(work), len(work.call[1])
         errors = self.ray.exceptions
         try:
-            values, packed, begun, seconds = result()
-            return values, _unpack(packed, name, begun), begun, seconds
+            data, rest = result()
+            return _opened(data, rest, name, count)
         except errors.RayTaskError as error:
             # Not from the task, whose exceptions come as values, but from around it.
             if isinstance(error.cause, errors.RaySystemError):
@@ -1908,7 +1963,8 @@ def _ray_cause(error: Any) -> BaseException:
     cause = error.cause
     if not isinstance(cause, BaseException):
         return cast("BaseException", error)
-    cause.__cause__ = _RemoteTraceback(f'\n"""\n{error.traceback_str}"""')
+    # Its text and not its traceback_str: what is raised as the task's own type too, has none.
+    cause.__cause__ = _RemoteTraceback(cast("Any", f'\n"""\n{error}"""'))
     return cause
 
 
@@ -2004,7 +2060,8 @@ class RayParallelBackend(ParallelBackend, backend_name="ray"):
         try:
             return ray.get(handle, timeout=timeout)
         except ray.exceptions.RayTaskError as error:
-            raise _ray_cause(error) from _ray_cause(error).__cause__
+            cause = _ray_cause(error)
+            raise cause from cause.__cause__
 
 
 # --- the self-test ----------------------------------------------------------------------------
@@ -2012,8 +2069,12 @@ class RayParallelBackend(ParallelBackend, backend_name="ray"):
 
 def _checks(name: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """(what is checked, a function that raises if it does not hold), in order, for a backend."""
-    backend: ParallelBackend = cast("ParallelBackend", None)
+    backend: ParallelBackend
     wait = 60  # seconds, for an answer that should take none
+
+    def expect(condition: bool, otherwise: str) -> None:
+        if not condition:  # and no assert, which python -O leaves out
+            raise RuntimeError(otherwise)
 
     def start() -> None:
         nonlocal backend
@@ -2023,24 +2084,25 @@ def _checks(name: str) -> Iterator[tuple[str, Callable[[], object]]]:
 
     def first_task() -> None:
         with backend.executor() as executor:
-            assert executor.submit(lambda: 6 * 7).result(wait) == 42
+            answer = executor.submit(lambda: 6 * 7).result(wait)
+            expect(answer == 42, f"6 * 7 became {answer}")
 
     def map_items() -> None:
         with backend.executor() as executor:
-            assert list(executor.map(pow, range(1000), [2] * 1000, timeout=wait)) == [
-                number**2 for number in range(1000)
-            ]
+            squares = list(executor.map(pow, range(1000), [2] * 1000, timeout=wait))
+            expect(squares == [number**2 for number in range(1000)], f"squares: {squares}")
 
     def put_and_get() -> None:
         value = bytes(range(256)) * 4096
         handle = backend.put(value)
-        assert backend.get(backend.wrap(len)(handle), timeout=wait) == len(value)
-        assert backend.get(handle, timeout=wait) == value
+        length = backend.get(backend.wrap(len)(handle), timeout=wait)
+        expect(length == len(value), f"a task saw {length} bytes")
+        expect(backend.get(handle, timeout=wait) == value, "get() returned something else")
 
     def exception() -> None:
         with backend.executor() as executor:
             error = executor.submit(divmod, 1, 0).exception(wait)
-        assert type(error) is ZeroDivisionError, repr(error)
+        expect(type(error) is ZeroDivisionError, repr(error))
 
     def policy(policy: CancellationPolicy) -> None:
         inline = name == "sequential"  # all is done there before there is anything to cancel
@@ -2048,9 +2110,9 @@ def _checks(name: str) -> Iterator[tuple[str, Callable[[], object]]]:
         with backend.executor(1, cancel_futures=policy) as executor:
             running = executor.submit(time.sleep, wait if stops else 0.1)
             pending = executor.submit(int)
-        assert running.cancelled() == stops, f"the running task: {running}"
+        expect(running.cancelled() == stops, f"the running task: {running}")
         cancels = CancellationPolicy.PENDING in policy and not inline
-        assert pending.cancelled() == cancels, f"the pending task: {pending}"
+        expect(pending.cancelled() == cancels, f"the pending task: {pending}")
 
     yield "start", start
     yield "first task", first_task
@@ -2067,7 +2129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import platform
 
     parser = argparse.ArgumentParser(
-        prog="python -m parallel_backend",
+        prog=f"python -m {__spec__.name}" if __spec__ else None,
         description="Check what parallel_backend can run on here, on the real engines.",
         epilog="The exit status is 1 if anything that is installed fails; what is missing is no failure.",
     )
