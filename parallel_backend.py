@@ -1788,13 +1788,13 @@ def _ray_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
     run, pack, seal = _run, _pack, _seal
 
     def work(spec: Any, *args: Any) -> tuple[bytes | None, Any]:
-        """Run a task, whose arguments Ray must see one by one to resolve handles, or a chunk."""
+        """Run a task or a chunk. Ray sees a task's arguments one by one if there are handles
+        among them, to wait for those and to send what is behind them."""
         import ray
 
         dumps = ray.cloudpickle.dumps
-        fn, items, names, budget, reraise = spec
-        kwargs: dict[str, Any] = {}
-        if items is None:
+        fn, items, kwargs, names, budget, reraise = spec
+        if args:
             split = len(args) - len(names)
             items, kwargs = [args[:split]], dict(zip(names, args[split:]))
         else:
@@ -1803,9 +1803,10 @@ def _ray_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
         values, error, begun, seconds = run(fn, items, kwargs, budget)
         if error is not None and reraise:
             raise error
-        if any(isinstance(value, ray.ObjectRef) for value in values):
+        plain = {bool, int, float, str, bytes, type(None), ray.ObjectRef}
+        if error is None and plain.issuperset(map(type, values)):
             # Ray must see a handle that is a result, or it would keep the object for ever.
-            return None, (values, pack(error, dumps), begun, seconds)
+            return None, (values, None, begun, seconds)
         # Not left to Ray: it unpickles in its I/O thread, where a failure would go unheard.
         buffers: list[Any] = []
         return seal((values, error, begun, seconds), dumps, buffers), buffers
@@ -1866,10 +1867,14 @@ class _RayEngine(_Engine):
     def start(self, work: _Work, done: Callable[[_Work, Reply], None]) -> Reply | None:
         assert work.call is not None
         fn, items, kwargs, budget = work.call
-        chunk, args = (items, ()) if isinstance(work, _Chunk) else (None, items[0])
-        spec = fn, chunk, list(kwargs), budget, self.reraise
+        args: tuple[Any, ...] = ()
+        if not isinstance(work, _Chunk):
+            args = (*items[0], *kwargs.values())
+            if not any(isinstance(value, self.ray.ObjectRef) for value in args):
+                args = ()  # in one piece: half the time
+        sent = ([], {}) if args else (items, kwargs)
         try:
-            ref = self.remote.remote(spec, *args, *kwargs.values())
+            ref = self.remote.remote((fn, *sent, list(kwargs), budget, self.reraise), *args)
         except self.ray.exceptions.RayError:
             raise
         except Exception as error:
@@ -1877,7 +1882,7 @@ class _RayEngine(_Engine):
         self.refs[work] = ref
         if work.stopped:  # stop() came too early to find it
             self.stop(work)
-        if len(self.refs) > self.workers:
+        if len(self.refs) > self.workers + self.BATCH:
             # Handed over early, so these are short tasks: to wait for many of them at once costs
             # Ray half of what it costs to be called back for each.
             self.inbox.put((work, ref, None, done))
