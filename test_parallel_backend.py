@@ -5,6 +5,7 @@ Interleavings are forced with files that tasks write and wait for; every wait en
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import itertools
@@ -1079,3 +1080,754 @@ def test_joblib_parallel_in_the_same_process(
     after = joblib.Parallel(n_jobs=2)(joblib.delayed(os.getpid)() for _ in range(4))
     assert set(before) & set(after), "its workers have outlived ours"
     joblib.externals.loky.get_reusable_executor().shutdown(kill_workers=True)
+
+
+# --- faults -----------------------------------------------------------------------------------
+
+
+def test_five_killed_workers_in_300_tasks(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Only what a killed worker ran is lost, nothing is run twice, and the executor goes on."""
+
+    def work(n: int) -> int:
+        with open(tmp_path / "runs", "a") as file:
+            file.write(f"{n}\n")
+        (tmp_path / f"pid{os.getpid()}").touch()
+        time.sleep(0.005)
+        return n
+
+    killed: set[int] = set()
+    with backend_named("joblib", request).executor(2, cancel_futures=False) as executor:
+        futures = [executor.submit(work, n) for n in range(300)]
+        for kill in range(1, 6):
+            wait(futures[: 50 * kill], LONG)  # spread over the run
+            until(lambda: any(map(is_alive, pids_in(tmp_path) - killed)))
+            victim = next(pid for pid in pids_in(tmp_path) - killed if is_alive(pid))
+            os.kill(victim, signal.SIGKILL)
+            killed.add(victim)
+        errors = [future.exception(LONG) for future in futures]
+        assert executor.submit(identity, "goes on").result(LONG) == "goes on"
+    lost = [error for error in errors if error is not None]
+    print(f"5 kills: {len(lost)} of 300 tasks lost", file=sys.stderr)
+    assert len(lost) <= 5, "a kill costs one task at most, the one that the worker ran"
+    assert all(isinstance(error, BrokenProcessPool) for error in lost)
+    assert [f.result() for f, e in zip(futures, errors) if e is None] == [
+        n for n, error in enumerate(errors) if error is None
+    ]
+    runs = (tmp_path / "runs").read_text().split()
+    assert len(runs) == len(set(runs)), "a task ran twice"
+
+
+def pids_in(folder: Path) -> set[int]:
+    return {int(path.name[3:]) for path in folder.glob("pid*")}
+
+
+def test_ray_retries_what_killed_workers_ran(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    def work(n: int) -> int:
+        (tmp_path / f"pid{os.getpid()}").touch()
+        time.sleep(0.02)
+        return n
+
+    killed: set[int] = set()
+    with backend_named("ray", request).executor(2, cancel_futures=False) as executor:
+        futures = [executor.submit(work, n) for n in range(100)]
+        for kill in range(1, 4):
+            wait(futures[: 20 * kill], LONG)
+            until(lambda: any(map(is_alive, pids_in(tmp_path) - killed)))
+            victim = next(pid for pid in pids_in(tmp_path) - killed if is_alive(pid))
+            os.kill(victim, signal.SIGKILL)
+            killed.add(victim)
+        assert [future.result(LONG) for future in futures] == list(range(100))
+
+
+def test_warm_worker_that_died_idle_costs_nothing(request: pytest.FixtureRequest) -> None:
+    with backend_named("joblib", request).executor(1) as executor:
+        pid = executor.submit(os.getpid).result(LONG)
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # dead, with all its threads
+        assert executor.submit(os.getpid).result(LONG) != pid
+
+
+NODE_REMOVED = """
+    import sys, time
+    from pathlib import Path
+    from ray.cluster_utils import Cluster
+    import parallel_backend as pb
+
+    folder = Path(sys.argv[1])
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    cluster.wait_for_nodes()
+    import ray
+    ray.init(cluster.address, logging_level="ERROR", log_to_driver=False)
+    backend = pb.init_parallel_backend("ray")
+    assert backend.effective_n_jobs() == 3
+
+    def work(n):
+        (folder / f"{n}-{ray.get_runtime_context().get_node_id()}").touch()
+        time.sleep(0.1)
+        return n
+
+    with backend.executor(cancel_futures=False) as executor:
+        futures = [executor.submit(work, n) for n in range(40)]
+        victim = nodes[0].node_id
+        while not any(path.name.endswith(victim) for path in folder.iterdir()):
+            time.sleep(0.005)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        assert [future.result(60) for future in futures] == list(range(40))
+    print("ok")
+    ray.shutdown()
+    cluster.shutdown()
+"""
+
+
+@pytest.mark.timeout(120)
+def test_ray_node_removed_while_40_tasks_run(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    done = run_script(NODE_REMOVED, str(tmp_path), timeout=110, env={"RAY_ADDRESS": ""})
+    assert "ok\n" in done.stdout, done.stdout + done.stderr
+
+
+TOO_LARGE = """
+    import ray, os
+    import parallel_backend as pb
+    ray.init("local", num_cpus=1, object_store_memory=80_000_000, logging_level="ERROR",
+             log_to_driver=False, include_dashboard=False)
+    with pb.init_parallel_backend("ray").executor(1) as executor:
+        try:
+            print(executor.submit(len, bytes(200_000_000)).result(50))
+        except Exception as error:
+            print("error:", type(error).__name__, error)
+        assert executor.submit(len, b"123").result(50) == 3
+"""
+
+
+@pytest.mark.timeout(90)
+def test_argument_larger_than_rays_object_store() -> None:
+    pytest.importorskip("ray")
+    done = run_script(TOO_LARGE, timeout=80)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(("200000000", "error:")), done.stdout
+
+
+DRIVER = """
+    import sys, time, os, signal
+    from pathlib import Path
+    import parallel_backend as pb
+
+    def note(name):
+        (folder / f"{name}.new").write_text(str(os.getpid()))
+        (folder / f"{name}.new").rename(folder / f"{name}.started")
+
+    def sleep(handle, name):
+        note(name)
+        time.sleep(600)
+
+    def loop(handle, name):
+        note(name)
+        sum(iter(int, 1))
+
+    folder = Path(sys.argv[3])
+    backend = pb.init_parallel_backend(sys.argv[1])
+    handle = backend.put(bytes(1_000_000))
+    with backend.executor(2, cancel_futures=pb.CancellationPolicy[sys.argv[2]]) as executor:
+        futures = [executor.submit(sleep, handle, "sleep"), executor.submit(loop, handle, "loop")]
+        futures[0].result()
+"""
+
+
+def started_driver(engine: pb.ParallelBackend, policy: str, folder: Path) -> Any:
+    code = textwrap.dedent(DRIVER)
+    name = "ray" if is_ray(engine) else "joblib"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, name, policy, str(folder)],
+        env={**os.environ, "PYTHONPATH": str(HERE), **ray_address()},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a process group of its own, as a terminal gives
+    )
+
+
+def test_driver_killed(engine: pb.ParallelBackend, tmp_path: Path) -> None:
+    files = set(Path("/dev/shm").glob("parallel_backend_*"))
+    driver = started_driver(engine, "PENDING", tmp_path)
+    pids = [has_started(tmp_path, name) for name in ("sleep", "loop")]
+    ours = set(Path("/dev/shm").glob("parallel_backend_*")) - files
+    driver.kill()
+    driver.communicate(timeout=LONG)
+    until(lambda: not any(map(is_alive, pids)), 10)
+    until(lambda: not any(path.exists() for path in ours), 10)
+    assert ours or is_ray(engine)
+
+
+def test_ctrl_c_leaves_the_block_by_its_policy(engine: pb.ParallelBackend, tmp_path: Path) -> None:
+    driver = started_driver(engine, "ALL", tmp_path)
+    pids = [has_started(tmp_path, name) for name in ("sleep", "loop")]
+    os.killpg(driver.pid, signal.SIGINT)
+    _, stderr = driver.communicate(timeout=LONG)
+    assert driver.returncode != 0
+    until(lambda: not any(map(is_alive, pids)), 5)
+    if not is_ray(engine):  # Ray's own processes may speak up
+        assert stderr.count("Traceback") == 1, stderr
+    assert stderr.rstrip().endswith("KeyboardInterrupt"), stderr
+
+
+def test_second_ctrl_c_stops_what_runs(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    driver = started_driver(backend_named("joblib", request), "PENDING", tmp_path)
+    pids = [has_started(tmp_path, name) for name in ("sleep", "loop")]
+    os.killpg(driver.pid, signal.SIGINT)
+    time.sleep(0.3)  # the first one is on its way to shutdown(), which waits for ever
+    assert all(map(is_alive, pids)), "PENDING lets them run"
+    os.killpg(driver.pid, signal.SIGINT)
+    driver.communicate(timeout=LONG)
+    until(lambda: not any(map(is_alive, pids)), 5)
+
+
+def test_submit_racing_with_worker_start(request: pytest.FixtureRequest) -> None:
+    """Stopped before its process exists: the task is cancelled, and no process is left."""
+    backend = backend_named("joblib", request)
+    pb._kill_parked()
+    executor = backend.executor(2, cancel_futures=Policy.ALL)
+    futures = [executor.submit(time.sleep, 60) for _ in range(2)]
+    executor.shutdown()
+    assert all(future.cancelled() for future in futures)
+
+
+def test_worker_watches_its_lifeline_where_there_is_no_prctl(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """What macOS and Windows workers do; here by a platform that lies."""
+    code = """
+        import sys, os, time
+        from multiprocessing import Pipe
+        import parallel_backend as pb
+        from joblib.externals.loky.backend import get_context
+
+        def lying(serve):
+            def main(*args):
+                import sys
+                sys.platform = "darwin"
+                serve(*args)
+            return main
+
+        ours, theirs = Pipe()
+        watched, lifeline = Pipe(duplex=False)
+        process = get_context("loky").Process(target=lying(pb._serve), args=(theirs, os.getpid(), watched))
+        process.start()
+        theirs.close(); watched.close()
+        ours.send_bytes(pb._dumps((os.getpid, [()], {}, 0.0)))
+        assert pb._opened(ours.recv_bytes(), (), "task", 1)[0] == [process.pid]
+        ours.send_bytes(pb._dumps((time.sleep, [(600,)], {}, 0.0)))
+        print(process.pid, flush=True)
+        os.kill(os.getpid(), 9)
+    """
+    pytest.importorskip("joblib")
+    done = run_script(code)
+    pid = int(done.stdout)
+    until(lambda: not is_alive(pid), 5)
+
+
+# --- put, get, wrap, wait ---------------------------------------------------------------------
+
+
+def test_get_takes_what_there_is(backend: pb.ParallelBackend) -> None:
+    start = backend.wrap(identity)
+    handle = backend.put({"a": 1})
+    with backend.executor(2) as executor:
+        future = executor.submit(identity, 5)
+        nested = [start(1), (backend.put(2), future), [handle]]
+        assert backend.get(nested, timeout=LONG) == [1, (2, 5), [{"a": 1}]]
+        assert backend.get("as it is") == "as it is"
+        assert backend.get([]) == []
+
+
+def test_handles_arrive_as_objects(backend: pb.ParallelBackend) -> None:
+    handle = backend.put([1, 2, 3])
+    with backend.executor(2) as executor:
+        assert executor.submit(len, handle).result(LONG) == 3
+        assert executor.submit(capture, x=handle).result(LONG) == ((), {"x": [1, 2, 3]})
+        assert list(executor.map(len, [handle] * 20)) == [3] * 20
+    assert backend.get(backend.wrap(len)(handle), timeout=LONG) == 3
+    chained = backend.wrap(sum)(backend.wrap(identity)(handle))
+    assert backend.get(chained, timeout=LONG) == 6
+
+
+def test_get_timeout_is_the_builtin(engine: pb.ParallelBackend, tmp_path: Path) -> None:
+    handle = engine.wrap(gated)(tmp_path, "a", 1)
+    with pytest.raises(TimeoutError):
+        engine.get([handle], timeout=0.05)
+    assert engine.wait([handle], timeout=0.05) == ([], [handle])
+    open_gate(tmp_path)
+    assert engine.get(handle, timeout=LONG) == 1
+
+
+def test_wait_returns_as_many_as_asked(engine: pb.ParallelBackend, tmp_path: Path) -> None:
+    slow = engine.wrap(gated)(tmp_path, "slow")
+    has_started(tmp_path, "slow")
+    quick = engine.wrap(identity)(1)
+    stored = engine.put(1)
+    assert engine.wait([slow, quick], timeout=LONG) == ([quick], [slow])
+    assert engine.wait([slow, quick, stored], num_returns=2, timeout=LONG) == (
+        [quick, stored],
+        [slow],
+    )
+    assert engine.wait([quick, stored], timeout=LONG) == ([quick], [stored])
+    for wrong in (0, 3):
+        with pytest.raises(ValueError, match="num_returns"):
+            engine.wait([slow, quick], num_returns=wrong)
+    open_gate(tmp_path)
+    assert engine.wait([slow, quick], num_returns=2, timeout=LONG) == ([slow, quick], [])
+
+
+def test_wrap_takes_options_of_the_engine(backend: pb.ParallelBackend) -> None:
+    assert backend.get(backend.wrap(identity, num_cpus=0.5, max_calls=1)(1), timeout=LONG) == 1
+
+
+def test_background_task_outlives_its_backend(request: pytest.FixtureRequest) -> None:
+    backend = backend_named("joblib", request)
+    handle = backend.wrap(lambda: time.sleep(0.2) or 7)()  # type: ignore[func-returns-value]
+    del backend
+    gc.collect()
+    assert pb.init_parallel_backend("joblib").get(handle, timeout=LONG) == 7
+
+
+def test_effective_n_jobs(backend: pb.ParallelBackend) -> None:
+    cpus = 4 if is_ray(backend) else pb.available_cpus()
+    assert backend.effective_n_jobs() == backend.effective_n_jobs(None) == cpus
+    assert backend.effective_n_jobs(-2) == max(cpus - 1, 1)
+    assert backend.effective_n_jobs(-99) == 1
+    assert backend.effective_n_jobs(1) == 1
+    assert backend.effective_n_jobs(64) == (cpus if is_ray(backend) else 64)
+    with pytest.raises(ValueError, match="n_jobs"):
+        backend.effective_n_jobs(0)
+    with backend.executor() as executor:
+        assert executor._max_workers == cpus  # type: ignore[attr-defined]
+
+
+def test_joblib_config_bounds_the_jobs(request: pytest.FixtureRequest) -> None:
+    joblib = pytest.importorskip("joblib")
+    backend = backend_named("joblib", request)
+    with joblib.parallel_config(n_jobs=1):
+        assert backend.effective_n_jobs(-1) == backend.effective_n_jobs(5) == 1
+    with joblib.parallel_config(n_jobs=3):
+        assert backend.effective_n_jobs(5) == 3
+    with joblib.parallel_config(n_jobs=-2):
+        assert backend.effective_n_jobs(-1) == max(pb.available_cpus() - 1, 1)
+
+
+@pytest.mark.parametrize("folder", ["/dev/shm", None])
+def test_shared_object_is_mapped_and_its_file_goes(
+    request: pytest.FixtureRequest, folder: str | None, tmp_path: Path, monkeypatch: Any
+) -> None:
+    numpy = pytest.importorskip("numpy")
+    backend = backend_named("joblib", request)
+    where = Path(folder or tmp_path)
+    monkeypatch.setenv("JOBLIB_TEMP_FOLDER", str(where))
+    before = set(where.glob("parallel_backend_*"))
+
+    def inspect(array: Any) -> Any:
+        base = array
+        while getattr(base, "base", None) is not None:
+            base = base.base
+        kind = type(base.obj).__name__ if isinstance(base, memoryview) else type(base).__name__
+        return float(array.sum()), array.flags.writeable, kind
+
+    handle = backend.put(numpy.ones(1_000_000))
+    (path,) = set(where.glob("parallel_backend_*")) - before
+    assert path.stat().st_mode & 0o077 == 0, "for the user alone"
+    with backend.executor(1) as executor:
+        assert executor.submit(inspect, handle).result(LONG) == (1_000_000, False, "mmap")
+        executor.submit(time.sleep, 0.1)
+        waiting = executor.submit(inspect, handle)
+        array = backend.get(handle)
+        assert array.sum() == 1_000_000
+        del handle
+        assert waiting.result(LONG)[0] == 1_000_000, "a task that uses it keeps the file"
+        del waiting
+        until(lambda: gc.collect() is not None and not path.exists())
+    assert array.sum() == 1_000_000
+
+
+def test_small_shared_object_has_no_file(request: pytest.FixtureRequest) -> None:
+    before = set(Path("/dev/shm").glob("parallel_backend_*"))
+    handle = backend_named("joblib", request).put(b"small")
+    assert set(Path("/dev/shm").glob("parallel_backend_*")) == before
+    assert pickle.loads(pickle.dumps(handle)) == b"small"  # type: ignore[comparison-overlap]
+
+
+def test_shared_object_that_only_cloudpickle_can_send(request: pytest.FixtureRequest) -> None:
+    backend = backend_named("joblib", request)
+    data = bytes(100_000)
+    handle = backend.put(lambda: len(data))
+    assert backend.get(backend.wrap(lambda f: f())(handle), timeout=LONG) == 100_000
+
+
+def test_shared_object_where_there_is_no_room(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: Any
+) -> None:
+    backend = backend_named("joblib", request)
+    monkeypatch.setenv("JOBLIB_TEMP_FOLDER", str(tmp_path / "missing"))
+    handle = backend.put(bytes(100_000))
+    assert backend.get(handle) == bytes(100_000)
+    monkeypatch.setattr(pb.tempfile, "mkstemp", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        backend.put(bytes(100_000))
+
+
+# --- warm workers -----------------------------------------------------------------------------
+
+
+def pids_of(executor: Executor) -> set[int]:
+    return set(executor.map(lambda _: (time.sleep(0.05), os.getpid())[1], range(4), chunksize=1))
+
+
+def test_next_executor_finds_warm_workers(request: pytest.FixtureRequest) -> None:
+    backend = backend_named("joblib", request)
+    with backend.executor(2) as executor:
+        first = pids_of(executor)
+    with backend.executor(2) as executor, backend.executor(2) as other:
+        second, third = pids_of(executor), pids_of(other)
+    assert second == first
+    assert not second & third, "never shared by two that live at once"
+
+
+@pytest.mark.parametrize("why", ["crash", "stop", "other environment"])
+def test_workers_are_not_kept_after(
+    why: str, request: pytest.FixtureRequest, monkeypatch: Any
+) -> None:
+    backend = backend_named("joblib", request)
+    with backend.executor(2, cancel_futures=Policy.ALL) as executor:
+        first = pids_of(executor)
+        if why == "crash":
+            executor.submit(crash).exception(LONG)
+        elif why == "stop":
+            executor.submit(time.sleep, 60)
+    if why == "other environment":
+        monkeypatch.setenv("SOMETHING_THAT_WORKERS_SEE", "1")
+    else:
+        assert not any(map(is_alive, first))
+    with backend.executor(2) as executor:
+        assert not pids_of(executor) & first
+
+
+def test_idle_workers_end(request: pytest.FixtureRequest, monkeypatch: Any) -> None:
+    pb._kill_parked()
+    monkeypatch.setattr(pb, "IDLE_SECONDS", 0.2)
+    backend = backend_named("joblib", request)
+    with backend.executor(2) as executor:
+        pids = pids_of(executor)
+        until(lambda: not any(map(is_alive, pids)))
+        assert not pids_of(executor) & pids
+    until(lambda: not any(pb._LokyEngine.parked.values()))
+
+
+def test_forked_child_leaves_our_workers_alone(request: pytest.FixtureRequest) -> None:
+    backend = backend_named("joblib", request)
+    handle = backend.put(bytes(100_000))
+    with backend.executor(1, cancel_futures=Policy.ALL) as executor:
+        pid = executor.submit(os.getpid).result(LONG)
+        child = os.fork()
+        if child == 0:
+            try:
+                del handle
+                gc.collect()
+                pb._end_all()
+                pb._kill_parked()
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert executor.submit(os.getpid).result(LONG) == pid
+        assert executor.submit(len, handle).result(LONG) == 100_000
+
+
+# --- the core, under an engine under our control ----------------------------------------------
+
+
+class ManualEngine(pb._Engine):
+    """Starts nothing, and says that something is done when the test says so."""
+
+    stoppable = True
+
+    def __init__(self) -> None:
+        self.started: dict[Any, Any] = {}
+        self.closed = 0
+
+    def start(self, work: Any, done: Any) -> None:
+        assert work not in self.started
+        self.started[work] = done
+
+    def stop(self, work: Any) -> None:
+        self.finish(work, KeyError("killed"), begun=len(work.call[1]))
+
+    def finish(self, work: Any, failure: BaseException | None, begun: int) -> None:
+        items = work.call[1]
+        values = [args[0] for args in items[:begun]]
+        if failure is not None:
+            values = values[: max(begun - 1, 0)] if begun < len(items) else []
+        self.started.pop(work)(work, (values, failure, begun, 0.001 * begun))
+
+    def close(self, clean: bool) -> None:
+        assert not self.started
+        self.closed += 1
+
+
+def core_machine() -> Any:
+    hypothesis = pytest.importorskip("hypothesis")
+    from hypothesis import strategies as st
+    from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+    class Core(RuleBasedStateMachine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.engine = ManualEngine()
+            self.executor = pb._Executor(self.engine, 2, Policy.PENDING)
+            self.core = self.executor._core
+            self.futures: list[Future[Any]] = []
+            self.expected: dict[Future[Any], str] = {}  # the model: how each must end, once known
+            self.calls: dict[Future[Any], int] = {}
+            self.maps: list[tuple[Any, int]] = []
+            self.shut = False
+
+        def pick(self, data: Any, choices: Any) -> Any:
+            return data.draw(st.sampled_from(list(choices)))
+
+        def count(self, future: Future[Any]) -> None:
+            self.calls[future] = self.calls.get(future, 0) + 1
+
+        @rule()
+        def submit(self) -> None:
+            try:
+                future = self.executor.submit(identity, len(self.futures))
+            except RuntimeError:
+                assert self.shut
+                return
+            assert not self.shut
+            self.futures.append(future)
+            future.add_done_callback(self.count)
+
+        @precondition(lambda self: not self.shut)
+        @rule(size=st.integers(1, 20), chunksize=st.sampled_from([None, 1, 3]))
+        def map(self, size: int, chunksize: int | None) -> None:
+            self.maps.append((self.executor.map(identity, range(size), chunksize=chunksize), size))
+
+        @precondition(lambda self: self.futures)
+        @rule(data=st.data())
+        def cancel(self, data: Any) -> None:
+            future = self.pick(data, self.futures)
+            was = future.running(), future.done(), future.cancelled()
+            assert future.cancel() == (was == (False, False, False) or was[2])
+            if future.cancelled():
+                self.expected.setdefault(future, "cancelled")
+
+        @precondition(lambda self: self.engine.started)
+        @rule(data=st.data(), how=st.sampled_from(["done", "part", "fails", "crash", "unsent"]))
+        def finish(self, data: Any, how: str) -> None:
+            work = self.pick(data, self.engine.started)
+            size = len(work.call[1])
+            failure: BaseException | None = {
+                "fails": ValueError("task"),
+                "crash": BrokenProcessPool("worker"),
+                "unsent": pickle.PicklingError("call"),
+            }.get(how)
+            begun = {"part": 1, "unsent": 0}.get(how, size)
+            if isinstance(work, Future):
+                self.expected[work] = "done" if failure is None else "failed"
+            self.engine.finish(work, failure, begun)
+
+        @rule(
+            policy=st.sampled_from(list(Policy) + [Policy.NONE, Policy.ALL]),
+            first=st.booleans(),
+        )
+        def shutdown(self, policy: Policy, first: bool) -> None:
+            pending = [f for f in self.futures if not f.running() and not f.done()]
+            running = [f for f in self.futures if f.running()]
+            if Policy.PENDING in policy:
+                self.expected.update(dict.fromkeys(pending, "cancelled"))
+            if Policy.RUNNING in policy:
+                self.expected.update(dict.fromkeys(running, "cancelled"))
+            self.shut = True
+            self.executor.shutdown(wait=False, cancel_futures=policy)
+            for future in running if Policy.RUNNING in policy else ():
+                assert future.cancelled()
+
+        @invariant()
+        def promises_hold(self) -> None:
+            assert len(self.engine.started) == len(self.core.running) <= 2
+            running = [future for future in self.futures if future.running()]
+            assert len(running) <= 2
+            assert set(running) <= set(self.engine.started)
+            if len(self.engine.started) < 2:
+                assert not any(not f.done() and not f.running() for f in self.futures), (
+                    "idle worker"
+                )
+            for future, how in self.expected.items():
+                assert outcome(future) == how
+            assert all(self.calls.get(f, 0) == f.done() for f in self.futures)
+
+        def teardown(self) -> None:
+            self.shut = True
+            self.executor.shutdown(wait=False, cancel_futures=Policy.NONE)
+            while self.engine.started:
+                work = next(iter(self.engine.started))
+                self.engine.finish(work, None, len(work.call[1]))
+            self.executor.shutdown()
+            assert self.engine.closed == 1
+            assert not self.core.running and not self.core.pending
+            assert all(future.done() and self.calls[future] == 1 for future in self.futures)
+            for results, size in self.maps:
+                got = []
+                with contextlib.suppress(
+                    CancelledError, ValueError, BrokenProcessPool, pickle.PicklingError
+                ):
+                    got.extend(results)
+                    assert len(got) == size
+                assert got == list(range(len(got)))
+
+    Core.TestCase.settings = hypothesis.settings(
+        max_examples=150, stateful_step_count=40, deadline=None, database=None
+    )
+    return Core
+
+
+def outcome(future: Future[Any]) -> str:
+    if future.cancelled():
+        return "cancelled"
+    if not future.done():
+        return "running" if future.running() else "pending"
+    return "failed" if future.exception() else "done"
+
+
+def test_core_keeps_its_promises_in_any_order() -> None:
+    from hypothesis.stateful import run_state_machine_as_test
+
+    machine = core_machine()
+    run_state_machine_as_test(machine, settings=machine.TestCase.settings)
+
+
+def test_core_forgets_an_engine_that_is_gone() -> None:
+    class Lost(ManualEngine):
+        def lost(self) -> BaseException | None:
+            self.started.clear()
+            return BrokenProcessPool("gone")
+
+    executor = pb._Executor(Lost(), 1, Policy.NONE)
+    futures = [executor.submit(identity, n) for n in range(2)]
+    executor.shutdown(cancel_futures=Policy.PENDING)
+    assert isinstance(futures[0].exception(0), BrokenProcessPool)
+    assert futures[1].cancelled()
+
+
+def test_core_survives_an_engine_that_cannot_start() -> None:
+    class Broken(ManualEngine):
+        def start(self, work: Any, done: Any) -> None:
+            raise OSError("no more threads")
+
+    with pb._Executor(Broken(), 2, Policy.NONE) as executor:
+        assert isinstance(executor.submit(identity, 1).exception(0), OSError)
+        with pytest.raises(OSError, match="no more threads"):
+            list(executor.map(identity, range(3)))
+
+
+def test_ctrl_c_in_a_sequential_task_goes_to_the_program() -> None:
+    with pb.SequentialParallelBackend().executor() as executor:
+        with pytest.raises(KeyboardInterrupt):
+            executor.submit(raise_it, KeyboardInterrupt())
+        assert executor.submit(identity, 1).result(0) == 1
+
+
+def test_idle_executor_uses_no_cpu(engine: pb.ParallelBackend, tmp_path: Path) -> None:
+    with engine.executor(2) as executor:
+        executor.submit(sleep_briefly, 0.01).result(LONG)
+        futures = [executor.submit(sleep_briefly, 1.0) for _ in range(2)]
+        thread_times = cpu_of_our_threads()
+        wait(futures, LONG)
+        assert cpu_of_our_threads() - thread_times < 0.02  # 2 ms is the goal; this is a test
+
+
+def sleep_briefly(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def cpu_of_our_threads() -> float:
+    """Seconds of CPU that the threads of parallel_backend have used."""
+    psutil = pytest.importorskip("psutil")
+    ours = {t.native_id for t in threading.enumerate() if t.name.startswith("parallel_backend")}
+    return sum(t.user_time + t.system_time for t in psutil.Process().threads() if t.id in ours)
+
+
+# --- Ray's own --------------------------------------------------------------------------------
+
+
+def test_ray_task_options(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    backend = backend_named("ray", request)
+    with backend.executor(8, num_cpus=0.5) as executor:
+        futures = [executor.submit(gated, tmp_path, str(n)) for n in range(8)]
+        for n in range(8):
+            has_started(tmp_path, str(n))
+        open_gate(tmp_path)
+        wait(futures, LONG)
+    with pytest.raises((ValueError, TypeError)):
+        backend.executor(nonsense=1)
+
+
+def test_ray_retries_exceptions_if_asked(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    def fail_once() -> int:
+        with contextlib.suppress(FileExistsError):
+            (tmp_path / "failed").mkdir()
+            raise ValueError("first time")
+        return 1
+
+    options = {"retry_exceptions": True, "max_retries": 1}
+    with backend_named("ray", request).executor(1, **options) as executor:
+        assert executor.submit(fail_once).result(LONG) == 1
+        assert type(executor.submit(divmod, 1, 0).exception(LONG)) is ZeroDivisionError
+        assert executor.submit(identity, 2).result(LONG) == 2
+
+
+def test_ray_bound_below_its_cpus_holds_for_short_tasks(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    def overlap(n: int) -> int:
+        path = tmp_path / str(n)
+        path.touch()
+        count = len(list(tmp_path.iterdir()))
+        path.unlink()
+        return count
+
+    with backend_named("ray", request).executor(2) as executor:
+        assert max(f.result(LONG) for f in [executor.submit(overlap, n) for n in range(300)]) <= 2
+
+
+RAY_SHUT_DOWN = """
+    import sys, time, ray
+    import parallel_backend as pb
+    executor = pb.init_parallel_backend("ray").executor(1, cancel_futures=pb.CancellationPolicy.NONE)
+    future = executor.submit(time.sleep, 600)
+    time.sleep(0.5)
+    ray.shutdown()
+    executor.shutdown()
+    print(type(future.exception(0)).__name__)
+"""
+
+
+def test_ray_shut_down_while_tasks_run(request: pytest.FixtureRequest) -> None:
+    backend_named("ray", request)
+    done = run_script(RAY_SHUT_DOWN, env=ray_address())
+    assert done.stdout == "BrokenProcessPool\n", done.stderr
+
+
+def test_ray_is_started_for_who_has_not(monkeypatch: Any) -> None:
+    code = """
+        import sys, logging, parallel_backend as pb
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+        assert "ray" not in sys.modules
+        with pb.init_parallel_backend(pb.ParallelConfig(backend="ray", n_cpus_local=1)).executor() as e:
+            print(e._max_workers, e.submit(pow, 2, 3).result(30))
+    """
+    pytest.importorskip("ray")
+    done = run_script(code, env={"RAY_ADDRESS": "local"} if False else {})
+    assert done.stdout == "1 8\n", done.stderr
+    assert (
+        "parallel_backend: Ray is not initialised yet: calling ray.init(num_cpus=1)" in done.stderr
+    )
