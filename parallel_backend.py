@@ -1785,7 +1785,7 @@ class JoblibParallelBackend(ParallelBackend, backend_name="joblib"):
 
 def _ray_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(work, call): what Ray runs for an executor, and for ``wrap``; by value, as above."""
-    run, pack, seal = _run, _pack, _seal
+    run, seal = _run, _seal
 
     def work(spec: Any, *args: Any) -> tuple[bytes | None, Any]:
         """Run a task or a chunk. Ray sees a task's arguments one by one if there are handles

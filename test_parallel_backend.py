@@ -5,18 +5,26 @@ Interleavings are forced with files that tasks write and wait for; every wait en
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import gc
+import inspect
 import itertools
+import logging
+import math
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
+import types
+import warnings
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import (
@@ -33,6 +41,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import parallel_backend as pb
 from parallel_backend import CancellationPolicy as Policy
@@ -1831,3 +1841,1888 @@ def test_ray_is_started_for_who_has_not(monkeypatch: Any) -> None:
     assert (
         "parallel_backend: Ray is not initialised yet: calling ray.init(num_cpus=1)" in done.stderr
     )
+
+
+# --- CPUs --------------------------------------------------------------------------------------
+
+
+OVERRIDES = ("PYTHON_CPU_COUNT", "LOKY_MAX_CPU_COUNT")
+
+
+# --- recorded /proc and /sys ------------------------------------------------------------------
+
+V2 = "35 24 0:30 / /sys/fs/cgroup rw,nosuid,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
+V1 = """\
+30 23 0:26 / /sys/fs/cgroup ro,nosuid shared:8 - tmpfs tmpfs ro,mode=755
+33 30 0:29 / /sys/fs/cgroup/cpuset rw,nosuid,relatime shared:15 - cgroup cgroup rw,cpuset
+34 30 0:31 / /sys/fs/cgroup/cpu rw,nosuid,relatime shared:16 - cgroup cgroup rw,cpu
+35 30 0:32 / /sys/fs/cgroup/systemd rw,nosuid shared:17 - cgroup cgroup rw,xattr,name=systemd
+"""
+COMOUNTED = (
+    "34 30 0:31 / /sys/fs/cgroup/cpu,cpuacct rw,relatime shared:16 - cgroup cgroup rw,cpu,cpuacct\n"
+)
+UNIFIED = "41 30 0:38 / /sys/fs/cgroup/unified rw,relatime shared:18 - cgroup2 cgroup2 rw\n"
+ID = "3f1b" * 16
+POD = "8d0c9a1e_77f2_4b7d_9b55_0e6a2c9b4d11"
+SLICE = "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod" + POD + ".slice"
+
+
+def v2(folder, content):
+    return {f"sys/fs/cgroup{folder}/cpu.max": content}
+
+
+def v1(folder, quota, period="100000\n", mount="cpu"):
+    folder = f"sys/fs/cgroup/{mount}{folder}"
+    return {f"{folder}/cpu.cfs_quota_us": quota, f"{folder}/cpu.cfs_period_us": period}
+
+
+# name: (/proc/self/cgroup, /proc/self/mountinfo, other files, the quotas that hold, own one first)
+RECORDED = {
+    "no cgroups": (None, None, {}, []),
+    "v2 root, has no cpu.max": ("0::/\n", V2, {}, []),
+    "v2 unlimited": ("0::/job\n", V2, v2("/job", "max 100000\n"), []),
+    "v2": ("0::/job\n", V2, v2("/job", "200000 100000\n"), [2]),
+    "v2 fraction": ("0::/job\n", V2, v2("/job", "150000 100000\n"), [1.5]),
+    "v2 below 1": ("0::/job\n", V2, v2("/job", "1000 100000\n"), [0.01]),
+    "v2 other period": ("0::/job\n", V2, v2("/job", "30000 20000\n"), [1.5]),
+    "v2 more than the machine": ("0::/job\n", V2, v2("/job", "12800000 100000\n"), [128]),
+    "v2 quota in a parent": (
+        "0::/a/b/c\n",
+        V2,
+        v2("/a/b/c", "max 100000\n") | v2("/a/b", "max 100000\n") | v2("/a", "300000 100000\n"),
+        [3],
+    ),
+    "v2 quotas at all levels": (
+        "0::/a/b\n",
+        V2,
+        v2("/a/b", "400000 100000\n") | v2("/a", "250000 100000\n") | v2("", "600000 100000\n"),
+        [4, 2.5, 6],
+    ),
+    "v2 cgroup of another": ("0::/a\n", V2, v2("/ab", "100000 100000\n"), []),
+    "v2 colon in a name": ("0::/a:b\n", V2, v2("/a:b", "200000 100000\n"), [2]),
+    "v2 cgroup removed": ("0::/a/b (deleted)\n", V2, v2("/a", "200000 100000\n"), [2]),
+    "v2 name not UTF-8": (b"0::/\xe9\n", V2, v2("/\udce9", "200000 100000\n"), [2]),
+    "v2 name that starts with dots": pytest.param(
+        "0::/..a\n", V2, v2("/..a", "200000 100000\n"), [2], marks=()
+    ),
+    # Line ends and spaces to Python, which the kernel neither forbids nor escapes.
+    "v2 name with a line separator": pytest.param(
+        "0::/a\u2028b\n", V2, v2("/a\u2028b", "200000 100000\n"), [2], marks=()
+    ),
+    "v2 name with a carriage return": pytest.param(
+        "0::/a\rb\n", V2, v2("/a\rb", "200000 100000\n"), [2], marks=()
+    ),
+    "mount point with a no-break space": pytest.param(
+        "0::/\n",
+        V2.replace("/sys/fs/cgroup", "/my\u00a0cgroups"),
+        {"my\u00a0cgroups/cpu.max": "200000 100000\n"},
+        [2],
+        marks=(),
+    ),
+    "v1": ("3:cpuset:/\n2:cpu:/job\n", V1, v1("/job", "200000\n"), [2]),
+    "v1 unlimited": ("3:cpuset:/\n2:cpu:/job\n", V1, v1("/job", "-1\n") | v1("", "-1\n"), []),
+    "v1 quota in a parent": (
+        "2:cpu:/a/b\n",
+        V1,
+        v1("/a/b", "-1\n") | v1("/a", "50000\n", "20000\n") | v1("", "-1\n"),
+        [2.5],
+    ),
+    "v1 other controllers only": (
+        "3:cpuset:/job\n2:cpuacct:/job\n1:name=systemd:/job\n",
+        V1,
+        v1("/job", "200000\n") | v1("/job", "100000\n", mount="cpuset"),
+        [],
+    ),
+    "v1 not the mount of cpuset": (
+        "3:cpuset:/job\n2:cpu:/job\n",
+        V1,
+        v1("/job", "200000\n") | v1("/job", "100000\n", mount="cpuset"),
+        [2],
+    ),
+    "v1 cpu,cpuacct": (
+        "4:cpu,cpuacct:/job\n",
+        COMOUNTED,
+        v1("/job", "150000\n", mount="cpu,cpuacct"),
+        [1.5],
+    ),
+    "v1 cpuacct,cpu": (
+        "4:cpuacct,cpu:/job\n",
+        COMOUNTED.replace("cpu,cpuacct", "cpuacct,cpu"),
+        v1("/job", "150000\n", mount="cpuacct,cpu"),
+        [1.5],
+    ),
+    "hybrid, cpu in v1": (
+        "2:cpu:/job\n1:name=systemd:/job\n0::/job\n",
+        V1 + UNIFIED,
+        v1("/job", "300000\n") | {"sys/fs/cgroup/unified/job/cgroup.procs": "1\n"},
+        [3],
+    ),
+    "hybrid, cpu in v2": (
+        "3:cpuset:/\n1:name=systemd:/job\n0::/job\n",
+        V1 + UNIFIED,
+        v2("/unified/job", "300000 100000\n"),
+        [3],
+    ),
+    "cgroup namespace": ("0::/\n", V2, v2("", "200000 100000\n"), [2]),
+    "cgroup namespace, from outside": ("0::/../..\n", V2, v2("", "200000 100000\n"), [2]),
+    "cgroup namespace, from a sibling": (
+        "0::/../other\n",
+        V2,
+        v2("", "200000 100000\n") | {"sys/fs/other/cpu.max": "100000 100000\n"},
+        [2],
+    ),
+    "cgroup namespace, v1": ("2:cpu:/../..\n", V1, v1("", "200000\n"), [2]),
+    # `unshare --cgroup`, the mount still that of outside: /child of it is another cgroup.
+    "cgroup namespace, mount from outside": pytest.param(
+        "2:cpu:/child\n",
+        V1.replace(" / /sys/fs/cgroup/cpu ", " /../.. /sys/fs/cgroup/cpu "),
+        v1("/child", "100000\n") | v1("", "200000\n"),
+        [2],
+        marks=(),
+    ),
+    "cgroup namespace, both from outside": pytest.param(
+        "2:cpu:/../../other\n",
+        V1.replace(" / /sys/fs/cgroup/cpu ", " /../.. /sys/fs/cgroup/cpu "),
+        v1("/other", "100000\n") | v1("", "200000\n"),
+        [1, 2],
+        marks=(),
+    ),
+    "systemd slices": (
+        "0::/user.slice/user-1000.slice/user@1000.service/app.slice/run-r1.scope\n",
+        V2,
+        v2("/user.slice/user-1000.slice", "400000 100000\n")
+        | v2("/user.slice/user-1000.slice/user@1000.service/app.slice", "max 100000\n")
+        | v2("/system.slice", "100000 100000\n"),
+        [4],
+    ),
+    "systemd, escaped backslash": (
+        "0::/system.slice/dev-disk-by\\x2dlabel.scope\n",
+        V2,
+        v2("/system.slice/dev-disk-by\\x2dlabel.scope", "200000 100000\n"),
+        [2],
+    ),
+    "Docker v1": (
+        f"5:cpu,cpuacct:/docker/{ID}\n1:name=systemd:/docker/{ID}\n",
+        COMOUNTED.replace(" / ", f" /docker/{ID} ").replace("shared:16", "master:16"),
+        v1("", "250000\n", mount="cpu,cpuacct"),
+        [2.5],
+    ),
+    "Docker v1, a cgroup of its own inside": (
+        f"5:cpu,cpuacct:/docker/{ID}/inner\n",
+        COMOUNTED.replace(" / ", f" /docker/{ID} "),
+        v1("/inner", "100000\n", mount="cpu,cpuacct")
+        | v1("", "250000\n", mount="cpu,cpuacct")
+        | v1(f"/docker/{ID}/inner", "50000\n", mount="cpu,cpuacct"),
+        [1, 2.5],
+    ),
+    "Docker v1, mount of another container": (
+        f"5:cpu,cpuacct:/docker/{ID}\n",
+        COMOUNTED.replace(" / ", " /docker/3f1b "),
+        v1("", "100000\n", mount="cpu,cpuacct"),
+        [],
+    ),
+    "Docker v2": ("0::/\n", V2.replace("rw,nosuid", "ro,nosuid"), v2("", "50000 100000\n"), [0.5]),
+    "Docker v2, cgroupns=host": (
+        f"0::/system.slice/docker-{ID}.scope\n",
+        V2,
+        v2(f"/system.slice/docker-{ID}.scope", "200000 100000\n"),
+        [2],
+    ),
+    "Kubernetes v1": (
+        f"7:cpu,cpuacct:/kubepods/burstable/pod{POD}/{ID}\n",
+        COMOUNTED.replace(" / ", f" /kubepods/burstable/pod{POD}/{ID} "),
+        v1("", "200000\n", mount="cpu,cpuacct"),
+        [2],
+    ),
+    "Kubernetes v2, as the host sees it": (
+        f"0::/{SLICE}/cri-containerd-{ID}.scope\n",
+        V2,
+        v2(f"/{SLICE}/cri-containerd-{ID}.scope", "200000 100000\n")
+        | v2(f"/{SLICE}", "250000 100000\n")
+        | v2("/kubepods.slice", "max 100000\n"),
+        [2, 2.5],
+    ),
+    "Slurm v1": (
+        "4:cpu,cpuacct:/slurm/uid_1000/job_42/step_0/task_0\n",
+        COMOUNTED,
+        v1("/slurm/uid_1000/job_42/step_0/task_0", "-1\n", mount="cpu,cpuacct")
+        | v1("/slurm/uid_1000/job_42", "800000\n", mount="cpu,cpuacct"),
+        [8],
+    ),
+    "Slurm v2": (
+        "0::/system.slice/slurmstepd.scope/job_42/step_0/user/task_0\n",
+        V2,
+        v2("/system.slice/slurmstepd.scope/job_42/step_0/user", "max 100000\n")
+        | v2("/system.slice/slurmstepd.scope/job_42", "400000 100000\n"),
+        [4],
+    ),
+    "mount point with a space": (
+        "0::/job\n",
+        V2.replace("/sys/fs/cgroup", r"/mnt/my\040cgroups\134x"),
+        {r"mnt/my cgroups\x/job/cpu.max": "200000 100000\n"},
+        [2],
+    ),
+    "mount root with a space": (
+        "0::/my jobs/1\n",
+        V2.replace(" / ", r" /my\040jobs "),
+        v2("/1", "200000 100000\n"),
+        [2],
+    ),
+    "unusual mount point": (
+        "2:cpu,cpuacct:/job\n",
+        "50 1 0:31 / /cgroup rw - cgroup none rw,cpu,cpuacct\n",
+        {"cgroup/job/cpu.cfs_quota_us": "200000\n", "cgroup/job/cpu.cfs_period_us": "100000\n"},
+        [2],
+    ),
+    "no optional fields in mountinfo, or many": (
+        "2:cpu:/job\n0::/job\n",
+        V1.replace(" shared:16", "") + UNIFIED.replace("shared:18", "shared:1 master:2 unbindable"),
+        v1("/job", "200000\n") | v2("/unified/job", "300000 100000\n"),
+        [2, 3],
+    ),
+    "two mounts, one of a part": (
+        "0::/job\n",
+        V2.replace(" / /sys/fs/cgroup ", " /other /sys/fs/cgroup ") + V2,
+        v2("/job", "200000 100000\n"),
+        [2],
+    ),
+    # Odd and broken. None is a directory, which no one can read as a file.
+    "cgroup empty": ("", V2, v2("", "100000 100000\n"), []),
+    "cgroup unreadable": (None, V2, v2("", "100000 100000\n"), []),
+    "cgroup has odd lines first": (
+        "\n:\ngarbage\n::\n0::/\n",
+        V2,
+        v2("", "200000 100000\n"),
+        [2],
+    ),
+    "cgroup has odd lines last": pytest.param(
+        "0::/\ngarbage\n::\n\n", V2, v2("", "200000 100000\n"), [2], marks=()
+    ),
+    "cgroup without a line end": ("0::/job", V2, v2("/job", "200000 100000\n"), [2]),
+    "cgroup is binary": pytest.param(
+        bytes(range(256)), V2, v2("", "100000 100000\n"), [], marks=()
+    ),
+    "cgroup path has a NUL": pytest.param(
+        "0::/a/b\0\n", V2, v2("/a", "200000 100000\n"), [2], marks=()
+    ),
+    "mountinfo empty": ("0::/\n", "", v2("", "100000 100000\n"), []),
+    "mountinfo unreadable": ("0::/\n", None, v2("", "100000 100000\n"), []),
+    "mountinfo has odd lines": (
+        "0::/\n",
+        "\n-\n - \n - cgroup2\n1 2 - cgroup2 x rw\n1 2 3 4 5\n" + V2[:40] + "\n" + V2,
+        v2("", "200000 100000\n"),
+        [2],
+    ),
+    "mountinfo is binary": ("0::/\n", bytes(range(256)) + b"\n" + V2.encode(), {}, []),
+    "mount point has a NUL": pytest.param(
+        "0::/\n",
+        V2.replace("cgroup rw", r"\000 rw") + V2,
+        v2("", "200000 100000\n"),
+        [2],
+        marks=(),
+    ),
+    **{
+        f"v2 cpu.max {content!r:.30}": ("0::/a/b\n", V2, v2("/a/b", content) | parent, [3])
+        for parent in [v2("/a", "300000 100000\n")]
+        for content in (
+            *("", "\n", "max\n", "max", "garbage\n", "100000\n", "100000 \n", " 100000\n", "1 x\n"),
+            *("100000 0\n", "0 100000\n", "-1 100000\n", "100000 -1\n", "1e5 1e5\n", "1.5 1\n"),
+            *(bytes(range(256)), b"\xff\xfe\n", None),
+        )
+    },
+    "v2 cpu.max beyond all numbers": pytest.param(
+        "0::/a\n",
+        V2,
+        v2("/a", "9" * 400 + " 1\n") | v2("", "300000 100000\n"),
+        [3],
+        marks=(),
+    ),
+    **{
+        f"v1 quota {quota!r:.30} period {period!r:.30}": (
+            "2:cpu:/a/b\n",
+            V1,
+            v1("/a/b", quota, period) | v1("/a", "300000\n"),
+            [3],
+        )
+        for quota, period in (
+            *(("", ""), ("-1\n", ""), ("100000\n", ""), ("", "100000\n"), ("x\n", "100000\n")),
+            *(("100000\n", "0\n"), ("0\n", "100000\n"), ("100000\n", "-1\n"), ("-2\n", "-1\n")),
+            *((b"\0\xff", b"\0\xff"), (None, "100000\n"), ("100000\n", None)),
+        )
+    },
+    "v1 quota without a period": (
+        "2:cpu:/job\n",
+        V1,
+        {"sys/fs/cgroup/cpu/job/cpu.cfs_quota_us": "100000\n"},
+        [],
+    ),
+}
+
+
+def write_tree(root, cgroup, mountinfo, files):
+    for name, content in {
+        "proc/self/cgroup": cgroup,
+        "proc/self/mountinfo": mountinfo,
+        **files,
+    }.items():
+        path = os.path.join(root, name)
+        if content is None:
+            os.makedirs(path)
+            continue
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(content if isinstance(content, bytes) else os.fsencode(content))
+
+
+@pytest.fixture
+def big_machine(monkeypatch):
+    """64 CPUs, all for this process, and no override."""
+    for name in OVERRIDES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that only Linux's file systems allow")
+@pytest.mark.parametrize(
+    ("cgroup", "mountinfo", "files", "quotas"),
+    [
+        pytest.param(*getattr(case, "values", case), marks=getattr(case, "marks", ()), id=name)
+        for name, case in RECORDED.items()
+    ],
+)
+def test_recorded_cgroups(tmp_path, big_machine, cgroup, mountinfo, files, quotas):
+    write_tree(str(tmp_path), cgroup, mountinfo, files)
+    limits = pb._cpu_limits(str(tmp_path))
+    assert [quota / period for quota, period in pb._cgroup_quotas(str(tmp_path))] == quotas
+    assert min(limits)[0] == min([64, *(max(math.ceil(quota), 1) for quota in quotas)])
+
+
+FRAGMENTS = [
+    *("0::", "2:cpu:", ":", "/", "/..", "/a", "\n", "\\040", "\\000", "\\777", "\0", "\udcff"),
+    *(" ", " - ", " - cgroup2 cgroup2 rw", "1 2 0:3 / /m", "35 24 0:30 /../.. /sys/fs/cgroup"),
+    *("rw,cpu", "cgroup", "max", "-1", "0", "100000 100000", "9" * 5000, "\u2028", "\r", "\u00a0"),
+]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from([*FRAGMENTS, V2, V1]), max_size=9), min_size=3, max_size=3)
+)
+def test_nothing_in_the_files_makes_it_raise(contents):
+    cgroup, mountinfo, limit = map("".join, contents)
+    with tempfile.TemporaryDirectory() as root:
+        files = {**v2("", limit), **v2("/a", limit), "m/cpu.max": limit, **v1("", limit, limit)}
+        write_tree(root, cgroup, mountinfo, files)
+        assert min(pb._cpu_limits(root))[0] >= 1
+
+
+def test_affinity_that_may_not_be_asked_for_is_skipped(monkeypatch, tmp_path, big_machine):
+    def forbidden(pid):
+        raise PermissionError("seccomp")
+
+    monkeypatch.setattr(os, "sched_getaffinity", forbidden, raising=False)
+    assert min(pb._cpu_limits(str(tmp_path)))[0] == 64
+
+
+def test_platform_without_affinity_and_cgroups(monkeypatch, tmp_path, big_machine):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert pb._cpu_limits(str(tmp_path)) == [(64, "CPUs of the machine")]
+
+
+def test_unknown_number_of_cpus_is_1(monkeypatch, tmp_path, big_machine):
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert min(pb._cpu_limits(str(tmp_path)))[0] == 1
+
+
+def test_a_call_takes_well_under_a_millisecond():
+    def seconds():
+        start = time.perf_counter()
+        for _ in range(20):
+            pb.available_cpus()
+        return (time.perf_counter() - start) / 20
+
+    assert min(seconds() for _ in range(10)) < 0.5e-3
+
+
+# --- real limits ------------------------------------------------------------------------------
+
+COUNTS = "import os, parallel_backend as pb; print(pb.available_cpus(), os.cpu_count(), *{})"
+AFFINITY = "[len(os.sched_getaffinity(0))] if hasattr(os, 'sched_getaffinity') else []"
+
+
+def ask(code, *flags, before=(), **env):
+    """What a new interpreter prints, as numbers; from pb's folder, for -E ignores PYTHONPATH."""
+    inherited = {name: value for name, value in os.environ.items() if name not in OVERRIDES}
+    result = subprocess.run(
+        [*before, sys.executable, *flags, "-c", code],
+        env=inherited | env,
+        cwd=Path(pb.__file__).resolve().parent,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return [int(number) for number in result.stdout.split()]
+
+
+@functools.cache
+def plain():
+    """available_cpus() of a new interpreter, nothing set."""
+    return ask(COUNTS.format([]))[0]
+
+
+needs_affinity = pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="this platform has no affinity mask"
+)
+
+
+def needs_cpus(count):
+    if plain() < count:
+        pytest.skip(f"has {plain()} CPUs only")
+
+
+@pytest.fixture
+def nested_cgroups():
+    """Two new cgroups of v1's cpu controller, one in the other."""
+    top = Path("/sys/fs/cgroup/cpu")
+    outer = top / f"parallel_backend_test_{os.getpid()}"
+    inner = outer / "inner"
+    if not (top / "cpu.cfs_quota_us").exists():
+        pytest.skip("cgroup v1's cpu controller is not mounted at /sys/fs/cgroup/cpu")
+    made = []
+    try:
+        try:
+            for folder in (outer, inner):
+                folder.mkdir()
+                made.append(folder)
+        except OSError as error:
+            pytest.skip(f"may not make cgroups: {error}")
+        yield outer, inner
+    finally:
+        deadline = time.monotonic() + 10
+        for folder in reversed(made):
+            while True:  # busy for a moment after its last process
+                try:
+                    folder.rmdir()
+                    break
+                except OSError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.01)
+
+
+@needs_affinity
+@pytest.mark.parametrize(
+    ("outer_quota", "inner_quota", "expected"),
+    [
+        pytest.param(100_000, -1, 1, id="in the parent"),
+        pytest.param(150_000, -1, 2, id="in the parent, rounded up"),
+        pytest.param(150_000, 50_000, 1, id="in both, half a CPU in the child"),
+        pytest.param(-1, -1, None, id="none"),
+    ],
+)
+def test_real_nested_quota(nested_cgroups, outer_quota, inner_quota, expected):
+    for folder, quota in zip(nested_cgroups, (outer_quota, inner_quota), strict=True):
+        (folder / "cpu.cfs_period_us").write_text("100000")
+        (folder / "cpu.cfs_quota_us").write_text(str(quota))
+    enter = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(nested_cgroups[1])]
+    available, machine, mask = ask(COUNTS.format(AFFINITY), before=enter)
+    assert (machine, mask) == (os.cpu_count(), len(os.sched_getaffinity(0)))
+    assert available == min(machine, mask, expected or machine)
+
+
+@needs_affinity
+def test_real_affinity_is_noticed_whenever_it_changes():
+    needs_cpus(2)
+    code = """if True:
+        import os, parallel_backend as pb
+        before = os.sched_getaffinity(0)
+        print(pb.available_cpus())
+        for mask in ({min(before)}, sorted(before)[:2], before):
+            os.sched_setaffinity(0, mask)
+            print(pb.available_cpus())
+    """
+    assert ask(code) == [plain(), 1, 2, plain()]
+
+
+@needs_affinity
+def test_real_affinity_from_outside():
+    mask = os.sched_getaffinity(0)
+    code = COUNTS.format(AFFINITY)
+    os.sched_setaffinity(0, {min(mask)})
+    try:
+        available, machine, inherited = ask(code)
+    finally:
+        os.sched_setaffinity(0, mask)
+    assert (available, machine, inherited) == (1, os.cpu_count(), 1)
+
+
+# --- overrides --------------------------------------------------------------------------------
+
+older = pytest.mark.skipif(sys.version_info >= (3, 13), reason="the interpreter itself refuses it")
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "expected"),
+    [
+        pytest.param([], {"PYTHON_CPU_COUNT": "100"}, 100, id="environment, upward"),
+        pytest.param([], {"PYTHON_CPU_COUNT": "1"}, 1, id="environment, downward"),
+        pytest.param([], {"PYTHON_CPU_COUNT": "default"}, None, id="environment, default"),
+        pytest.param([], {"PYTHON_CPU_COUNT": ""}, None, id="environment, empty"),
+        pytest.param([], {"PYTHON_CPU_COUNT": "x"}, None, id="environment, invalid", marks=older),
+        pytest.param([], {"PYTHON_CPU_COUNT": "0"}, None, id="environment, zero", marks=older),
+        pytest.param(["-X", "cpu_count=100"], {}, 100, id="option, upward"),
+        pytest.param(
+            ["-X", "cpu_count=100"], {"PYTHON_CPU_COUNT": "3"}, 100, id="option beats environment"
+        ),
+        pytest.param(
+            ["-X", "cpu_count=default"],
+            {"PYTHON_CPU_COUNT": "100"},
+            None,
+            id="option default beats environment",
+        ),
+        pytest.param(["-X", "cpu_count"], {}, None, id="option without a value", marks=older),
+        pytest.param(["-X", "cpu_count=-1"], {}, None, id="option, invalid", marks=older),
+        pytest.param(["-E"], {"PYTHON_CPU_COUNT": "100"}, None, id="-E ignores the environment"),
+        pytest.param(["-E", "-X", "cpu_count=100"], {}, 100, id="-E keeps the option"),
+        pytest.param(
+            [], {"PYTHON_CPU_COUNT": "100", "LOKY_MAX_CPU_COUNT": "1"}, 100, id="beats loky's cap"
+        ),
+        pytest.param([], {"LOKY_MAX_CPU_COUNT": "1"}, 1, id="loky's cap"),
+        pytest.param([], {"LOKY_MAX_CPU_COUNT": "100"}, None, id="loky's cap is no more than that"),
+        pytest.param([], {"LOKY_MAX_CPU_COUNT": "x"}, None, id="loky's cap, invalid"),
+    ],
+)
+def test_override(flags, env, expected):
+    assert ask(COUNTS.format([]), *flags, **env)[0] == (expected or plain())
+
+
+@pytest.mark.skipif(sys.version_info < (3, 13), reason="new in Python 3.13")
+@pytest.mark.parametrize("flags", [[], ["-X", "cpu_count=100"], ["-E"]], ids=" ".join)
+@pytest.mark.parametrize("env", [{}, {"PYTHON_CPU_COUNT": "50"}], ids=str)
+def test_override_is_as_process_cpu_count_has_it(flags, env):
+    code = COUNTS.format("[os.process_cpu_count()]")
+    available, _, process = ask(code, *flags, **env)
+    assert available == process or (process > available == plain())  # a quota is not theirs to see
+
+
+# --- threads of joblib's workers --------------------------------------------------------------
+
+THREADS = (
+    *("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS"),
+    *("VECLIB_MAXIMUM_THREADS", "NUMEXPR_NUM_THREADS"),
+)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "env", "inner", "expected"),
+    [
+        pytest.param("4", {}, None, {}, id="cpus // workers"),
+        pytest.param("1", {}, None, dict.fromkeys(THREADS, 1), id="at least 1"),
+        pytest.param(
+            "4", {"OPENBLAS_NUM_THREADS": "1"}, None, {"OPENBLAS_NUM_THREADS": 1}, id="OpenBLAS set"
+        ),
+        pytest.param("4", {"OMP_NUM_THREADS": "1"}, None, {"OMP_NUM_THREADS": 1}, id="OpenMP set"),
+        pytest.param(
+            "4", {"OMP_NUM_THREADS": "8"}, 1, dict.fromkeys(THREADS, 1), id="inner_max_num_threads"
+        ),
+    ],
+)
+def test_threads_of_numpy_in_two_workers(monkeypatch, tmp_path, cpus, env, inner, expected):
+    joblib = pytest.importorskip("joblib")
+    pytest.importorskip("numpy")
+    pytest.importorskip("threadpoolctl")
+    for name in THREADS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"PYTHON_CPU_COUNT": cpus, **env}.items():
+        monkeypatch.setenv(name, value)
+    names = THREADS
+
+    def threads(folder):
+        import os
+        import pathlib
+        import time
+
+        import numpy as np
+        import threadpoolctl
+
+        (pathlib.Path(folder) / str(os.getpid())).touch()
+        deadline = time.monotonic() + 30
+        while len(os.listdir(folder)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)  # so that the other task gets a worker of its own
+        matrix = np.ones((200, 200))
+        assert (matrix @ matrix == 200).all()
+        libraries = threadpoolctl.threadpool_info()
+        blas = {library["num_threads"] for library in libraries if library["user_api"] == "blas"}
+        return os.getpid(), {name: int(os.environ[name]) for name in names}, blas
+
+    chosen = contextlib.nullcontext()
+    if inner is not None:
+        chosen = joblib.parallel_config("loky", inner_max_num_threads=inner)
+    backend = pb.init_parallel_backend("joblib")
+    with chosen, backend.executor(max_workers=2) as executor:
+        results = backend.get([executor.submit(threads, str(tmp_path)) for _ in range(2)])
+    variables = dict.fromkeys(THREADS, max(int(cpus) // 2, 1)) | expected
+    assert len({pid for pid, _, _ in results}) == 2
+    assert [found for _, found, _ in results] == [variables] * 2
+    # OpenBLAS takes no more than the CPUs of the mask; it is silent about Accelerate.
+    most = min(variables["OPENBLAS_NUM_THREADS"], os.cpu_count() or 1)
+    assert all(blas <= {most} for _, _, blas in results)
+
+
+# --- deprecation, configuration, bad input -----------------------------------------------------
+
+
+# --- deprecated -------------------------------------------------------------------------------
+
+VERSIONS = {"deprecated_in": "1.2", "remove_in": "1.4"}
+
+
+def deprecated_args(**mapping):
+    return pb.deprecated(target=True, args_mapping=mapping, **VERSIONS)
+
+
+@contextlib.contextmanager
+def one_warning(*words, category=FutureWarning):
+    """Exactly one warning, of that category, at a line of this file, that says all of ``words``."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield caught
+    assert [warning.category for warning in caught] == [category], [str(w) for w in caught]
+    assert caught[0].filename == __file__
+    assert [word for word in words if word not in str(caught[0].message)] == []
+
+
+@contextlib.contextmanager
+def no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@deprecated_args(old="new")
+def renamed(a, old=None, new=1):
+    """Has a docstring."""
+    return a, old, new
+
+
+@deprecated_args(old=None)
+def dropped(a, old=None, new=1):
+    return a, old, new
+
+
+@deprecated_args(old="old")
+def warned(a, old=None, new=1):
+    return a, old, new
+
+
+@pb.deprecated(**VERSIONS)
+def doomed(a, b=2):
+    return a, b
+
+
+def successor(x, y=0):
+    return x, y
+
+
+@pb.deprecated(target=successor, args_mapping={"a": "x", "gone": None}, **VERSIONS)
+def forwarded(y, a=5, gone=None):
+    raise AssertionError("the call is forwarded")
+
+
+@deprecated_args(old="new")
+async def renamed_async(new=1, old=None):
+    return new
+
+
+class Model:
+    @deprecated_args(old="new")
+    def __init__(self, new=1, old=None):
+        self.new = new
+
+    @deprecated_args(old="new")
+    def method(self, new=1, old=None):
+        return type(self).__name__, new
+
+    @classmethod
+    @deprecated_args(old="new")
+    def class_outside(cls, new=1, old=None):
+        return cls.__name__, new
+
+    @deprecated_args(old="new")
+    @classmethod
+    def class_inside(cls, new=1, old=None):
+        return cls.__name__, new
+
+    @deprecated_args(old="new")
+    @staticmethod
+    def static(new=1, old=None):
+        return "static", new
+
+
+class SubModel(Model):
+    def __init__(self, new=1, old=None):
+        super().__init__(new=new, old=old)
+
+
+@pytest.mark.parametrize(
+    ("function", "result", "advice"),
+    [
+        (renamed, ("a", None, 5), "use `new`"),
+        (dropped, ("a", None, 1), "no effect"),
+        (warned, ("a", 5, 1), ""),
+    ],
+)
+def test_a_deprecated_argument_is_renamed_dropped_or_only_warned_of(function, result, advice):
+    words = ("`old`", function.__name__, "1.2", "1.4", advice)
+    with one_warning(*words):
+        assert function("a", 5) == result
+    with one_warning(*words):
+        assert function("a", old=5) == result
+
+
+@pytest.mark.parametrize("function", [renamed, dropped, warned])
+def test_a_default_is_no_use_of_a_deprecated_argument(function):
+    with no_warning():
+        assert function("a") == function("a", None) == function("a", old=None) == ("a", None, 1)
+        assert function("a", None, 7) == function(old=None, new=7, a="a") == ("a", None, 7)
+
+
+@pytest.mark.parametrize(("args", "kwargs"), [((5, 6), {}), ((5,), {"new": 6})])
+def test_old_and_new_argument_together_are_a_type_error(args, kwargs):
+    with pytest.warns(FutureWarning), pytest.raises(TypeError, match="new.*old"):
+        renamed("a", *args, **kwargs)
+
+
+def test_two_old_names_of_one_argument_together_are_a_type_error():
+    @deprecated_args(older="new", old="new")
+    def function(new=1, old=None, older=None):
+        return new
+
+    with one_warning("`older`"):
+        assert function(older=5) == 5
+    with pytest.warns(FutureWarning), pytest.raises(TypeError, match="new.*old"):
+        function(old=5, older=6)
+
+
+@pytest.mark.parametrize("target", [True, None, successor])
+@pytest.mark.parametrize("mapping", [{"typo": None}, {"a": "typo"}])
+def test_a_mapping_that_names_no_parameter_fails_at_decoration(target, mapping):
+    with pytest.raises(TypeError, match="typo"):
+        pb.deprecated(target, args_mapping=mapping, **VERSIONS)(lambda a=1: a)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "function"),
+    [
+        ({}, lambda a: a),
+        ({"a": None}, lambda a: a),  # can't be dropped, for it has no default
+        ({"args": None}, lambda *args: args),
+        ({"new": "new"}, Model),  # decorate its __init__: a function in its place is no class
+    ],
+)
+def test_what_can_not_work_fails_at_decoration(mapping, function):
+    with pytest.raises(TypeError):
+        deprecated_args(**mapping)(function)
+
+
+def positional_only(a, old=None, /, new=1, **rest):
+    return a, old, new, rest
+
+
+def before_varargs(a, old=None, *rest, new=1):
+    return a, old, rest, new
+
+
+def keyword_only(a, *, new, old=None):
+    return a, new, old
+
+
+def any_keyword(a, /, **rest):
+    return a, rest
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "kwargs", "result"),
+    [
+        (positional_only, (0, 5), {}, (0, None, 5, {})),
+        (positional_only, (0, 5), {"a": 6}, (0, None, 5, {"a": 6})),
+        (before_varargs, (0, 5, 6, 7), {}, (0, None, (6, 7), 5)),
+        (keyword_only, (0,), {"old": 5}, (0, 5, None)),  # new is required, and given as old
+        (any_keyword, (0,), {"old": 5}, (0, {"new": 5})),
+        (any_keyword, (0,), {"old": 5, "a": 6, "rest": 7}, (0, {"a": 6, "rest": 7, "new": 5})),
+    ],
+)
+def test_arguments_of_every_kind_keep_their_places(function, args, kwargs, result):
+    with one_warning("`old`", function.__name__):
+        assert deprecated_args(old="new")(function)(*args, **kwargs) == result
+
+
+def test_keywords_keep_their_order():
+    def function(new=1, **rest):
+        return list(rest)
+
+    names = [f"name{number}" for number in range(20)]
+    with one_warning("`old`"):
+        assert deprecated_args(old="new")(function)(old=5, **dict.fromkeys(names)) == names
+
+
+def test_several_arguments_are_warned_of_in_the_order_of_the_mapping():
+    names = [f"old{number}" for number in range(9)]
+    function = deprecated_args(**dict.fromkeys(names))(eval(f"lambda {'=0,'.join(names)}=0: 0"))
+    with pytest.warns(FutureWarning) as caught:
+        function(*range(1, 10))
+    assert [str(warning.message).split("`")[1] for warning in caught] == names
+
+
+def test_arrays_may_be_defaults_and_values():
+    numpy = pytest.importorskip("numpy")
+    default, other = numpy.arange(3), numpy.arange(1, 4)
+    function = deprecated_args(old="new")(lambda old=default, new=None: new)
+    with no_warning():
+        assert function() is function(default) is None
+    with one_warning("`old`"):
+        assert function(other) is other
+    with one_warning("`old`"):
+        assert renamed("a", other)[2] is other
+
+
+def test_a_wrong_call_is_reported_as_without_the_decorator():
+    with no_warning(), pytest.raises(TypeError, match=r"renamed\(\) missing 1 required .* 'a'"):
+        renamed()
+    with no_warning(), pytest.raises(TypeError, match=r"renamed\(\) got an unexpected .* 'b'"):
+        renamed("a", b=1)
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "result"),
+    [
+        (lambda **kw: Model(**kw).new, "Model", 5),
+        (lambda **kw: SubModel(**kw).new, "Model", 5),
+        (lambda **kw: Model().method(**kw), "method", ("Model", 5)),
+        (lambda **kw: Model.method(SubModel(), **kw), "method", ("SubModel", 5)),
+        (lambda **kw: functools.partial(Model().method, **kw)(), "method", ("Model", 5)),
+        (lambda **kw: SubModel.class_outside(**kw), "class_outside", ("SubModel", 5)),
+        (lambda **kw: SubModel().class_inside(**kw), "class_inside", ("SubModel", 5)),
+        (lambda **kw: Model.static(**kw), "static", ("static", 5)),
+        (lambda **kw: deprecated_args(old="new")(Model().method)(**kw), "method", ("Model", 5)),
+        (
+            lambda **kw: deprecated_args(old="new")(functools.partial(keyword_only, 0))(**kw),
+            "",
+            (0, 5, None),
+        ),
+    ],
+)
+def test_methods_of_all_kinds_can_be_decorated(call, name, result):
+    with one_warning("`old`", name):
+        assert call(old=5) == result
+
+
+def test_a_deprecated_callable_warns_at_every_call_and_still_works():
+    with one_warning("`doomed`", "1.2", "1.4"):
+        assert doomed(1, b=3) == (1, 3)
+    assert "doomed" in doomed.__deprecated__ and "1.4" in doomed.__deprecated__
+    assert not hasattr(renamed, "__deprecated__")
+
+
+def test_a_builtin_without_a_signature_can_be_deprecated():
+    with one_warning("`max`"):
+        assert pb.deprecated(**VERSIONS)(max)(1, 2) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "result"),
+    [
+        ((1, 2), {}, (2, 1)),
+        ((1,), {"a": 2, "gone": 3}, (2, 1)),
+        ((), {"a": 2, "y": 1}, (2, 1)),
+        ((1, 2, 3), {}, (2, 1)),
+    ],
+)
+def test_a_target_gets_the_call_through_the_mapping(args, kwargs, result):
+    with one_warning("`forwarded`", "1.2", "1.4", "use `successor`"):
+        assert forwarded(*args, **kwargs) == result
+    assert "successor" in forwarded.__deprecated__
+
+
+def test_an_argument_given_by_position_reaches_the_target_by_its_name():
+    # Here nothing is renamed: in successor(), the first place is another parameter's.
+    with one_warning("`forwarded`"), pytest.raises(TypeError, match="missing .* 'x'"):
+        forwarded(1)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "mapping", "args", "result"),
+    [
+        (lambda a, *rest: 0, lambda x, *rest: (x, rest), {"a": "x"}, (1, 2, 3), (1, (2, 3))),
+        (lambda *rest, **kw: 0, successor, {"a": "x"}, (1, 2), (1, 2)),
+        (lambda a, b: 0, successor, {"a": "y", "b": "x"}, (1, 2), (2, 1)),
+        (lambda x, y: 0, lambda y, x: (x, y), {"x": "y", "y": "x"}, (1, 2), (2, 1)),
+        (lambda a, b: 0, successor, {}, (1, 2), (1, 2)),
+        (lambda a, b: 0, max, {}, (1, 2), 2),
+    ],
+)
+def test_a_target_may_take_its_arguments_in_other_ways(old, new, mapping, args, result):
+    with one_warning(new.__name__):
+        assert pb.deprecated(new, args_mapping=mapping, **VERSIONS)(old)(*args) == result
+
+
+def test_a_class_method_can_be_the_target_of_another():
+    class Base:
+        @classmethod
+        def create(cls, x):
+            return cls.__name__, x
+
+        @classmethod
+        @pb.deprecated(create, args_mapping={"a": "x"}, **VERSIONS)
+        def make(cls, a):
+            raise AssertionError("the call is forwarded")
+
+    class Derived(Base):
+        pass
+
+    with one_warning("Base.make", "create"):
+        assert Derived.make(5) == ("Derived", 5)
+
+
+def test_name_docstring_signature_and_pickling_survive():
+    assert renamed.__name__ == "renamed" and renamed.__doc__ == "Has a docstring."
+    assert str(inspect.signature(renamed)) == "(a, old=None, new=1)"
+    assert str(inspect.signature(Model)) == "(new=1, old=None)"
+    for function in (renamed, doomed, forwarded, renamed_async, Model.method, Model.class_inside):
+        assert pickle.loads(pickle.dumps(function)) == function
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, PendingDeprecationWarning, UserWarning])
+def test_the_category_of_the_warning_can_be_chosen(category):
+    function = pb.deprecated(category=category, **VERSIONS)(lambda: 5)
+    with one_warning(category=category):
+        assert function() == 5
+
+
+@pytest.mark.parametrize("call", [lambda: renamed("a", 5), lambda: doomed(1)])
+def test_python_shows_the_warning_once_a_place(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            call()
+        renamed("a", 6), doomed(2)  # another place
+    places = [warning.lineno for warning in caught]
+    here = call.__code__.co_firstlineno
+    assert len(places) == 3 and places[0] == here < min(places[1:]), places
+
+
+def test_the_warning_stands_at_the_line_of_the_caller():
+    with one_warning() as caught:
+        renamed(  # two frames of parallel_backend, at least, are between this and the warning
+            "a", 5
+        )
+    assert caught[0].lineno == inspect.currentframe().f_lineno - 3
+    double = pb.deprecated(**VERSIONS)(deprecated_args(old="new")(lambda old=1, new=2: new))
+    with pytest.warns(FutureWarning) as caught:
+        double(5)
+    assert {warning.lineno for warning in caught} == {inspect.currentframe().f_lineno - 1}
+
+
+def test_coroutine_functions_stay_coroutine_functions():
+    assert inspect.iscoroutinefunction(renamed_async)
+    with one_warning("`old`", "renamed_async"):
+        assert asyncio.run(renamed_async(old=5)) == 5
+    with no_warning():
+        assert asyncio.run(renamed_async(new=6)) == 6
+    with pytest.warns(FutureWarning), pytest.raises(TypeError, match="new.*old"):
+        asyncio.run(renamed_async(old=5, new=6))
+
+
+def test_the_warning_of_a_coroutine_stands_at_the_line_that_awaits_it():
+    async def main():
+        return await renamed_async(old=5)
+
+    async def gather():
+        return await asyncio.gather(renamed_async(old=5))
+
+    with one_warning() as caught:
+        assert asyncio.run(main()) == 5
+    assert caught[0].lineno == main.__code__.co_firstlineno + 1
+    with one_warning() as caught:  # on 3.10 and 3.11, at the line of asyncio.run()
+        assert asyncio.run(gather()) == [5]
+    if sys.version_info >= (3, 12):
+        assert caught[0].lineno == gather.__code__.co_firstlineno + 1
+
+
+def test_a_deprecated_function_can_forward_to_a_coroutine_function():
+    function = pb.deprecated(renamed_async, **VERSIONS)(lambda new: None)
+    assert inspect.iscoroutinefunction(function)
+    with one_warning("renamed_async"):
+        assert asyncio.run(function(5)) == 5
+
+
+def test_generators_and_async_generators_warn_when_they_are_called():
+    def generator(new=1, old=None):
+        yield new
+
+    async def async_generator(new=1, old=None):
+        yield new
+
+    async def consume(items):
+        return [item async for item in items]
+
+    with one_warning("`old`"):
+        items = deprecated_args(old="new")(generator)(old=5)
+    with one_warning("`old`"):
+        async_items = deprecated_args(old="new")(async_generator)(old=5)
+    with no_warning():
+        assert list(items) == asyncio.run(consume(async_items)) == [5]
+
+
+# --- config -----------------------------------------------------------------------------------
+
+LOCAL = {"joblib": pb.JoblibParallelBackend, "sequential": pb.SequentialParallelBackend}
+
+
+@pytest.fixture
+def fake_ray(monkeypatch):
+    """A Ray that takes note of what ``ray.init`` is given, and starts nothing."""
+    calls = []
+    ray = types.SimpleNamespace(
+        calls=calls,
+        init=lambda **options: calls.append(options),
+        is_initialized=lambda: bool(calls),
+        cluster_resources=lambda: {"CPU": 4.0},
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    return ray
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    monkeypatch.delenv("PARALLEL_BACKEND", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def test_config_has_its_defaults_and_is_frozen():
+    config = pb.ParallelConfig()
+    assert config == pb.ParallelConfig("joblib", None, None, None, 1.0)
+    with pytest.raises(AttributeError):
+        config.backend = "ray"
+
+
+def test_config_takes_no_address_together_with_cpus():
+    with pytest.raises(ValueError, match="address.*n_cpus_local"):
+        pb.ParallelConfig(address="10.0.0.1:6379", n_cpus_local=4)
+
+
+@pytest.mark.parametrize("cpus", [0, -1])
+def test_config_takes_no_cpus_below_one(cpus):
+    with pytest.raises(ValueError, match="n_cpus_local"):
+        pb.ParallelConfig(n_cpus_local=cpus)
+
+
+@pytest.mark.parametrize(("name", "cls"), LOCAL.items())
+def test_config_chooses_the_backend_with_one_warning(name, cls, monkeypatch):
+    monkeypatch.setenv("PARALLEL_BACKEND", "ray")
+    words = ("`config`", "init_parallel_backend", "0.9.0", "0.10.0", "instead")
+    with one_warning(*words):
+        assert isinstance(pb.init_parallel_backend(config=pb.ParallelConfig(name)), cls)
+    with one_warning(*words):
+        assert isinstance(pb.init_parallel_backend(pb.ParallelConfig(name)), cls)
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_n_cpus_local_bounds_the_workers_of_a_backend(name):
+    with pytest.warns(FutureWarning):
+        backend = pb.init_parallel_backend(pb.ParallelConfig(name, n_cpus_local=1))
+    with no_warning():
+        assert backend.effective_n_jobs(-1) == backend.effective_n_jobs(8) == 1
+        for max_workers in (None, 8):
+            with backend.executor(max_workers) as executor:
+                assert executor._max_workers == 1
+    assert pb.ParallelBackend.BACKENDS[name] is LOCAL[name]
+    assert LOCAL[name].effective_n_jobs(8) == 8
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_n_cpus_local_bounds_the_workers_of_an_executor(name):
+    config = pb.ParallelConfig(name, n_cpus_local=2)
+    words = ("`config`", "executor", "0.9.0", "0.10.0", "use `max_workers`")
+    for owner in (LOCAL[name], pb.init_parallel_backend(name)):
+        with one_warning(*words), owner.executor(8, config=config) as executor:
+            assert executor._max_workers == 2
+    with no_warning(), LOCAL[name].executor(8, config=None) as executor:
+        assert executor._max_workers == 8
+
+
+def test_a_string_and_none_are_no_config():
+    with no_warning():
+        for backend in (
+            pb.init_parallel_backend("sequential"),
+            pb.init_parallel_backend(backend_name="sequential"),
+            pb.init_parallel_backend(None, "sequential"),
+        ):
+            assert type(backend) is pb.SequentialParallelBackend
+        with pytest.raises(TypeError, match="two names"):
+            pb.init_parallel_backend("sequential", "joblib")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_config_of_another_type_is_a_type_error():
+    with pytest.raises(TypeError, match="ParallelConfig"):
+        pb.init_parallel_backend(config={"backend": "sequential"})
+    for cls in LOCAL.values():
+        with pytest.raises(TypeError, match="ParallelConfig"):
+            cls.executor(1, config={"n_cpus_local": 1})
+
+
+@pytest.mark.parametrize(
+    ("fields", "options"),
+    [
+        ({}, {}),
+        ({"address": "ray://head:10001"}, {"address": "ray://head:10001"}),
+        ({"address": ("10.0.0.1", 6379)}, {"address": "10.0.0.1:6379"}),
+        (
+            {"n_cpus_local": 2, "logging_level": logging.ERROR},
+            {"num_cpus": 2, "logging_level": logging.ERROR},
+        ),
+    ],
+)
+def test_config_reaches_ray_init_with_one_warning(fake_ray, fields, options):
+    with one_warning("`config`", "init_parallel_backend"):
+        backend = pb.init_parallel_backend(pb.ParallelConfig("ray", **fields))
+    assert isinstance(backend, pb.RayParallelBackend)
+    assert fake_ray.calls == [options]
+    assert backend.effective_n_jobs(-1) == fields.get("n_cpus_local", 4)
+
+
+def test_config_of_an_executor_reaches_ray_init(fake_ray):
+    config = pb.ParallelConfig("ray", address="10.0.0.1:6379")
+    with one_warning("`config`", "executor"), pytest.raises(ValueError, match="max_workers"):
+        pb.RayParallelBackend.executor(0, config=config)  # far enough to see, without a cluster
+    assert fake_ray.calls in ([], [{"address": "10.0.0.1:6379"}])
+
+
+def test_a_ray_that_runs_is_left_as_it_is(fake_ray):
+    fake_ray.init()
+    with pytest.warns(FutureWarning):
+        pb.init_parallel_backend(pb.ParallelConfig("ray", n_cpus_local=2))
+    assert fake_ray.calls == [{}]
+
+
+# --- the factory and the registry -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "cls"),
+    [
+        (None, pb.JoblibParallelBackend),
+        ("", pb.JoblibParallelBackend),
+        ("sequential", pb.SequentialParallelBackend),
+    ],
+)
+def test_the_environment_names_the_backend_of_a_call_that_does_not(environment, cls, monkeypatch):
+    if environment is not None:
+        monkeypatch.setenv("PARALLEL_BACKEND", environment)
+    with no_warning():
+        assert type(pb.init_parallel_backend()) is cls
+        assert type(pb.init_parallel_backend("joblib")) is pb.JoblibParallelBackend
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones_and_the_nearest(monkeypatch):
+    for call in (
+        lambda: pb.init_parallel_backend("sequental"),
+        lambda: pb.init_parallel_backend(backend_name="sequental"),
+    ):
+        with pytest.raises(NotImplementedError) as caught:
+            call()
+        message = str(caught.value)
+        assert all(repr(name)[1:-1] in message for name in pb.ParallelBackend.BACKENDS)
+        assert "'sequental'" in message and "nearest is 'sequential'" in message
+        assert "PARALLEL_BACKEND" not in message
+    monkeypatch.setenv("PARALLEL_BACKEND", "rya")
+    with pytest.raises(NotImplementedError, match="'rya'.*PARALLEL_BACKEND.*nearest is 'ray'"):
+        pb.init_parallel_backend()
+    with pytest.warns(FutureWarning), pytest.raises(NotImplementedError, match="'loky'"):
+        pb.init_parallel_backend(pb.ParallelConfig("loky"))
+
+
+def define_backend(name, **options):
+    class Mine(pb.ParallelBackend, **options):
+        @classmethod
+        def executor(cls, max_workers=None, *, config=None, cancel_futures=True):
+            raise NotImplementedError
+
+    Mine.__qualname__ = name
+    return Mine
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr(pb.ParallelBackend, "BACKENDS", dict(pb.ParallelBackend.BACKENDS))
+    return pb.ParallelBackend.BACKENDS
+
+
+def test_a_subclass_registers_itself_and_replaces_its_former_self(registry):
+    first = define_backend("", backend_name="mine")
+    # The qualified name that counts is the one at the class statement.
+    first.__qualname__ = "define_backend.<locals>.Mine"
+    assert registry["mine"] is first and type(pb.init_parallel_backend("mine")) is first
+    second = define_backend("", backend_name="mine")
+    assert second is not first and registry["mine"] is second
+
+
+def test_a_name_that_another_class_holds_is_refused(registry):
+    before = dict(registry)
+    with pytest.raises(ValueError, match="'joblib'.*JoblibParallelBackend"):
+        define_backend("", backend_name="joblib")
+    assert registry == before
+
+
+def test_a_subclass_without_a_name_is_not_registered(registry):
+    before = dict(registry)
+
+    class Quiet(pb.SequentialParallelBackend):
+        pass
+
+    assert registry == before and isinstance(Quiet(), pb.ParallelBackend)
+    with pytest.raises(TypeError, match="abstract"):
+        pb.ParallelBackend()
+
+
+# --- bad input --------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[*LOCAL, "ray"])
+def backend_class(request):
+    if request.param == "ray":
+        fake = request.getfixturevalue("fake_ray")
+        fake.init()
+    return pb.ParallelBackend.BACKENDS[request.param]
+
+
+@pytest.mark.parametrize("max_workers", [0, -1])
+def test_max_workers_below_one_is_a_value_error(backend_class, max_workers):
+    with pytest.raises(ValueError, match="^max_workers must be greater than 0$"):
+        backend_class.executor(max_workers)
+
+
+@pytest.mark.parametrize("max_workers", [2.0, "2", True, [2]])
+def test_max_workers_of_another_type_is_a_type_error(backend_class, max_workers):
+    with pytest.raises(TypeError, match="max_workers"):
+        backend_class.executor(max_workers)
+
+
+@pytest.mark.parametrize("policy", ["ALL", 1, None, 0.5])
+def test_cancel_futures_of_another_type_is_a_type_error(backend_class, policy):
+    with pytest.raises(TypeError, match="cancel_futures"):
+        backend_class.executor(1, cancel_futures=policy)
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_shutdown_refuses_a_policy_of_another_type_and_stays_usable(name):
+    with LOCAL[name].executor(1) as executor:
+        with pytest.raises(TypeError, match="cancel_futures"):
+            executor.shutdown(cancel_futures="ALL")
+        assert executor.submit(pow, 2, 3).result(60) == 8
+
+
+@pytest.mark.parametrize("value", [True, False, *pb.CancellationPolicy.__members__.values()])
+@pytest.mark.parametrize("name", LOCAL)
+def test_cancel_futures_takes_policies_and_bools(name, value):
+    with LOCAL[name].executor(1, cancel_futures=value) as executor:
+        assert executor.submit(pow, 2, 3).result(60) == 8
+
+
+def test_no_jobs_are_a_value_error(backend_class):
+    with pytest.raises(ValueError, match="n_jobs"):
+        backend_class.effective_n_jobs(0)
+
+
+@pytest.mark.parametrize("option", ["chunksize", "buffersize"])
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("name", LOCAL)
+def test_map_refuses_sizes_below_one_when_it_is_called(name, option, value):
+    with LOCAL[name].executor(1) as executor, pytest.raises(ValueError, match=option):
+        executor.map(str, range(3), **{option: value})
+
+
+# A finder that refuses, as an interpreter does that has no such package; None is what tests use.
+BLOCKERS = {
+    "finder": """
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("joblib", "ray"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocker())
+""",
+    "none": "sys.modules.update(joblib=None, ray=None)",
+}
+
+
+@pytest.mark.parametrize("blocker", BLOCKERS)
+@pytest.mark.parametrize(
+    ("package", "call"),
+    [
+        ("joblib", "init_parallel_backend()"),
+        ("ray", "init_parallel_backend('ray')"),
+        ("joblib", "JoblibParallelBackend.executor(1)"),
+        ("ray", "RayParallelBackend.executor(1)"),
+        ("joblib", "JoblibParallelBackend.effective_n_jobs()"),
+        ("ray", "RayParallelBackend.effective_n_jobs()"),
+    ],
+)
+def test_a_missing_package_is_an_import_error_with_the_install_line(package, call, blocker):
+    program = f"""
+import sys
+{BLOCKERS[blocker]}
+import parallel_backend as pb
+assert pb.init_parallel_backend("sequential").executor().submit(pow, 2, 3).result() == 8
+try:
+    pb.{call}
+except ImportError as error:
+    print(error, error.name, sep="\\n")
+"""
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(pb.__file__)}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        check=False,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    message, _, name = done.stdout.strip().partition("\n")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert f"pip install {package}" in message and name == package
+
+
+# --- copies, friends, backends of one's own, types ---------------------------------------------
+
+
+# --- copying ----------------------------------------------------------------------------------
+
+# What the scripts below begin with. They import or load copies from folders that no worker sees,
+# and run all kinds of work on them.
+COPY_PRELUDE = '''
+import faulthandler, importlib, importlib.util, os, sys, warnings
+
+faulthandler.dump_traceback_later(90, exit=True)
+LIBRARY, LONE_FILE = sys.argv[1:3]
+
+
+class Refused(Exception):
+    """Of __main__, with arguments of its own."""
+
+    def __init__(self, code, reason):
+        super().__init__(code, reason)
+        self.code = code
+
+
+def vendored():
+    """The copy inside a package, which nobody can import any more from now on."""
+    sys.path.insert(0, LIBRARY)
+    try:
+        return importlib.import_module("ourlib._vendor.parallel")
+    finally:
+        sys.path.remove(LIBRARY)
+
+
+def loaded(name, register=True):
+    """The copy at a bare path, under a name that no import system knows."""
+    spec = importlib.util.spec_from_file_location(name, LONE_FILE)
+    module = importlib.util.module_from_spec(spec)
+    if register:
+        sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def import_in_worker(name):
+    import importlib
+
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        return type(error).__name__, os.getpid()
+    return "importable", os.getpid()
+
+
+def refuse(code):
+    raise Refused(code, f"no {code}")
+
+
+def workload(module, engine):
+    backend = module.init_parallel_backend(engine)
+    numbers = list(range(50_000))  # more than what joblib's backend pickles along
+    handle = backend.put(numbers)
+    offset = 10
+    with backend.executor(2) as executor:
+        outcome, pid = executor.submit(import_in_worker, module.__name__).result(60)
+        assert outcome == "ModuleNotFoundError", f"the worker could import {module.__name__}"
+        assert pid != os.getpid()
+        assert executor.submit(lambda x: x + 1, 1).result(60) == 2
+        assert executor.submit(lambda: offset).result(60) == 10
+        assert executor.submit(sum, handle).result(60) == sum(numbers)
+        assert executor.submit(lambda *, v: len(v), v=handle).result(60) == len(numbers)
+        expected = [x + offset for x in range(100)]
+        assert list(executor.map(lambda x: x + offset, range(100), timeout=60)) == expected
+        chunked = executor.map(lambda x: x + offset, range(100), timeout=60, chunksize=30)
+        assert list(chunked) == expected
+        error = executor.submit(refuse, 404).exception(60)
+        assert type(error) is Refused and error.args == (404, "no 404"), repr(error)
+        assert error.code == 404 and "in refuse" in str(error.__cause__), error.__cause__
+        unpicklable = executor.submit(len, [sys._getframe()]).exception(60)
+        assert type(unpicklable).__name__ == "PicklingError", repr(unpicklable)
+    started = [backend.wrap(lambda v, k: v[k] + offset)(handle, k=k) for k in range(5)]
+    done, not_done = backend.wait(started, num_returns=5, timeout=60)
+    assert (len(done), not_done) == (5, [])
+    assert backend.get(started, timeout=60) == [10, 11, 12, 13, 14]
+    assert backend.get(handle) == numbers
+    try:
+        backend.get(backend.wrap(refuse)(500), timeout=60)
+    except Refused as error:
+        assert error.code == 500
+    else:
+        raise AssertionError("no exception")
+    print(module.__name__, engine, "ok", flush=True)
+
+'''
+
+
+@pytest.fixture
+def copied_files(tmp_path):
+    """(folder of ``ourlib``, a lone file): copies of the module, away from where scripts run."""
+    vendor = tmp_path / "library" / "ourlib" / "_vendor"
+    vendor.mkdir(parents=True)
+    (vendor.parent / "__init__.py").touch()
+    (vendor / "__init__.py").touch()
+    shutil.copy(pb.__file__, vendor / "parallel.py")
+    lone_file = tmp_path / "lone" / "some file.py"
+    lone_file.parent.mkdir()
+    shutil.copy(pb.__file__, lone_file)
+    return tmp_path / "library", lone_file
+
+
+def run_apart(folder, *arguments, timeout=100, **env):
+    """Run Python with these arguments in a new folder; (what it printed, its errors)."""
+    cwd = folder / "elsewhere"
+    cwd.mkdir(exist_ok=True)
+    ran = subprocess.run(
+        [sys.executable, *map(os.fspath, arguments)],
+        cwd=cwd,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert ran.returncode == 0, f"exit status {ran.returncode}\n{ran.stdout}\n{ran.stderr}"
+    return ran.stdout, ran.stderr
+
+
+def run_with_copies(folder, copies, body, **env):
+    script = folder / "elsewhere" / "script.py"
+    script.parent.mkdir()
+    script.write_text(COPY_PRELUDE + textwrap.dedent(body), encoding="utf-8")
+    return run_apart(folder, script, *copies, **env)
+
+
+def test_copy_in_package_and_loaded_file_work_on_joblib(tmp_path, copied_files):
+    pytest.importorskip("joblib")
+    body = """
+    workload(vendored(), "joblib")
+    workload(loaded("name_nobody_can_import"), "joblib")
+    assert "parallel_backend" not in sys.modules
+    """
+    out, err = run_with_copies(tmp_path, copied_files, body)
+    expected = ["ourlib._vendor.parallel joblib ok", "name_nobody_can_import joblib ok"]
+    assert (out.splitlines(), err) == (expected, "")
+
+
+def test_copy_in_package_and_loaded_file_work_on_ray(tmp_path, copied_files):
+    pytest.importorskip("ray")
+    body = """
+    import ray
+
+    options = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": 2, "include_dashboard": False}
+    ray.init(log_to_driver=False, logging_level="ERROR", **options)
+    workload(vendored(), "ray")
+    workload(loaded("name_nobody_can_import"), "ray")
+    assert "parallel_backend" not in sys.modules
+    ray.shutdown()
+    """
+    out, _ = run_with_copies(tmp_path, copied_files, body)  # Ray has its say on stderr
+    expected = ["ourlib._vendor.parallel ray ok", "name_nobody_can_import ray ok"]
+    assert out.splitlines() == expected
+
+
+def test_file_loads_without_an_entry_in_sys_modules(tmp_path, copied_files):
+    pytest.importorskip("joblib")
+    body = """
+    module = loaded("name_nobody_can_import", register=False)
+    assert module.__name__ not in sys.modules
+    workload(module, "joblib")
+    """
+    assert run_with_copies(tmp_path, copied_files, body)[0].endswith("joblib ok\n")
+
+
+def test_two_copies_work_side_by_side(tmp_path, copied_files):
+    pytest.importorskip("joblib")
+    body = """
+    one, two = vendored(), loaded("name_nobody_can_import")
+    assert one.ParallelBackend.BACKENDS is not two.ParallelBackend.BACKENDS
+    for module in (one, two):  # either holds a name that the other has too
+
+        class Mine(module.SequentialParallelBackend, backend_name="mine"):
+            pass
+
+        assert type(module.init_parallel_backend("mine")) is Mine
+    ours, theirs = one.init_parallel_backend("joblib"), two.init_parallel_backend("joblib")
+    numbers = list(range(50_000))
+    with ours.executor(1) as first, theirs.executor(1) as second:
+        for executor, handle in [(first, theirs.put(numbers)), (second, ours.put(numbers))]:
+            assert executor.submit(sum, handle).result(60) == sum(numbers)
+        futures = [executor.submit(os.getpid) for executor in (first, second)]
+        assert len({os.getpid(), *ours.get(futures, timeout=60)}) == 3
+        assert theirs.get(futures) == ours.get(futures)
+        policy = two.CancellationPolicy.ALL
+        with theirs.executor(1, cancel_futures=policy) as stopped:
+            running = stopped.submit(__import__("time").sleep, 60)
+            stopped.submit(int)
+        assert running.cancelled()
+        assert list(first.map(abs, range(-9, 0), timeout=60)) == list(range(9, 0, -1))
+    print("ok")
+    """
+    assert run_with_copies(tmp_path, copied_files, body) == ("ok\n", "")
+
+
+def test_import_brings_in_no_engine(tmp_path):
+    folder = Path(pb.__file__).parent
+    code = f"""
+import sys
+sys.path.insert(0, {os.fspath(folder)!r})
+import parallel_backend
+print({{"joblib", "ray", "numpy", "cloudpickle", "multiprocessing"}} & set(sys.modules))
+"""
+    assert run_apart(tmp_path, "-c", code) == ("set()\n", "")
+
+
+def test_copy_works_with_the_standard_library_alone(tmp_path, copied_files):
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from ourlib._vendor import parallel
+
+assert parallel.available_cpus() >= 1
+backend = parallel.init_parallel_backend("sequential")
+with backend.executor() as executor:
+    assert executor.submit(lambda x: x + 1, backend.put(1)).result() == 2
+    assert list(executor.map(pow, range(4), [2] * 4)) == [0, 1, 4, 9]
+assert backend.get([backend.wrap(len)(backend.put("four"))]) == [4]
+for name in ("joblib", "ray"):
+    kind = parallel.ParallelBackend.BACKENDS[name]
+    for start in (kind, kind.executor):
+        try:
+            start()
+        except ImportError as error:
+            assert f"pip install {name}" in str(error) and error.name == name, error
+        else:
+            raise AssertionError(f"{name} is installed")
+print("ok")
+"""
+    library, _ = copied_files
+    assert run_apart(tmp_path, "-I", "-S", "-c", code, library) == ("ok\n", "")
+    out, err = run_apart(
+        tmp_path, "-I", "-S", library / "ourlib" / "_vendor" / "parallel.py"
+    )  # the self-test: what is missing is no failure
+    assert err == ""
+    assert out.count("not installed") == 2
+    assert out.endswith("All that is installed works.\n")
+
+
+def test_self_test_runs_from_a_copy(tmp_path, copied_files):
+    pytest.importorskip("joblib")
+    module = ("-m", "ourlib._vendor.parallel")
+    path = os.pathsep.join(filter(None, [os.fspath(copied_files[0]), os.environ.get("PYTHONPATH")]))
+    out, err = run_apart(tmp_path, *module, "--backend", "joblib", PYTHONPATH=path)
+    assert err == ""
+    assert "FAILED" not in out
+    assert out.endswith("All that is installed works.\n")
+    usage, _ = run_apart(tmp_path, *module, "--help", PYTHONPATH=path)
+    assert usage.startswith("usage: python -m ourlib._vendor.parallel ")
+
+
+# --- friends: what takes an Executor takes ours ------------------------------------------------
+
+
+@pytest.fixture(params=["sequential", "joblib"])
+def friend_executor(request):
+    if request.param != "sequential":
+        pytest.importorskip(request.param)
+    with pb.init_parallel_backend(request.param).executor(2) as executor:
+        yield executor
+
+
+@pytest.mark.timeout(60)
+def test_asyncio_awaits_results_and_exceptions(friend_executor):
+    async def program():
+        run = asyncio.get_running_loop().run_in_executor
+        results = [run(friend_executor, lambda x: x * x, n) for n in range(20)]
+        failing = run(friend_executor, divmod, 1, 0)
+        return await asyncio.gather(*results, failing, return_exceptions=True)
+
+    *squares, error = asyncio.run(program())
+    assert squares == [n * n for n in range(20)]
+    assert type(error) is ZeroDivisionError
+
+
+@pytest.mark.timeout(60)
+def test_asyncio_cancels_what_has_not_started():
+    pytest.importorskip("joblib")
+    inner = []
+
+    async def program(executor):
+        import time
+
+        loop = asyncio.get_running_loop()
+        running = loop.run_in_executor(executor, time.sleep, 0.5)
+        pending = executor.submit(int)
+        inner.append(pending)
+        waiting = asyncio.wrap_future(pending)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(waiting, 0.1)
+        await running
+
+    with pb.init_parallel_backend("joblib").executor(1) as executor:
+        asyncio.run(program(executor))
+    assert inner[0].cancelled()
+
+
+@pytest.mark.timeout(120)
+def test_scipy_minimizes_with_executor_map(friend_executor):
+    optimize = pytest.importorskip("scipy.optimize")
+    found = optimize.differential_evolution(
+        lambda x: float(((x - [1, -2]) ** 2).sum()),
+        [(-5, 5)] * 2,
+        workers=friend_executor.map,
+        updating="deferred",
+        maxiter=30,
+        seed=1,
+        polish=False,
+    )
+    assert found.x == pytest.approx([1, -2], abs=0.1)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("keyword", ["scheduler", "pool"])
+def test_dask_computes_on_it(friend_executor, keyword):
+    dask = pytest.importorskip("dask")
+    square = dask.delayed(lambda x: x * x)
+    total = dask.delayed(sum)([square(n) for n in range(20)])
+    assert dask.compute(total, **{keyword: friend_executor}) == (2470,)
+    with dask.config.set({keyword: friend_executor}):
+        assert total.compute() == 2470
+        with pytest.raises(ZeroDivisionError):
+            dask.delayed(divmod)(1, 0).compute()
+
+
+@pytest.mark.timeout(60)
+def test_adaptive_samples_on_it(friend_executor):
+    adaptive = pytest.importorskip("adaptive")
+    learner = adaptive.Learner1D(lambda x: x * x, (-1, 1))
+    # Without ntasks, adaptive refuses every class of executor that it does not know.
+    adaptive.BlockingRunner(
+        learner,
+        executor=friend_executor,
+        npoints_goal=20,
+        ntasks=friend_executor._max_workers,
+    )
+    assert len(learner.data) >= 20
+    assert all(y == x * x for x, y in learner.data.items())
+
+
+@pytest.mark.timeout(60)
+def test_tqdm_follows_a_map(friend_executor):
+    tqdm = pytest.importorskip("tqdm").tqdm
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        bar = tqdm(friend_executor.map(lambda x: -x, range(50)), total=50, file=nowhere)
+        assert list(bar) == [-n for n in range(50)]
+    assert bar.n == bar.total == 50
+
+
+# --- backends of one's own ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_registry(monkeypatch):
+    """Backends registered in a test are gone after it."""
+    monkeypatch.setattr(pb.ParallelBackend, "BACKENDS", dict(pb.ParallelBackend.BACKENDS))
+
+
+def check_own_backend(backend):
+    """All that the base class builds on ``executor``."""
+    data = list(range(1000))
+    handle = backend.put(data)
+    assert backend.get(handle) == data
+    started = [backend.wrap(lambda v, k: v[k] * 2)(handle, k=k) for k in range(5)]
+    done, not_done = backend.wait(started, num_returns=5, timeout=30)
+    assert (done, not_done) == (started, [])
+    assert backend.get(started, timeout=30) == [0, 2, 4, 6, 8]
+    assert backend.get((started[1], [started[2], "as it is"])) == (2, [4, "as it is"])
+    assert backend.get(backend.wrap(pow)(backend.wrap(len)("four"), 2), timeout=30) == 16
+    with pytest.raises(ZeroDivisionError):
+        backend.get(backend.wrap(divmod)(1, 0), timeout=30)
+    slow = backend.wrap(time.sleep)(1)
+    with pytest.raises(TimeoutError):
+        backend.get(slow, timeout=0.05)
+    assert backend.wait([slow], timeout=0.05) == ([], [slow])
+    assert backend.wait([slow, started[0]], timeout=30) == ([started[0]], [slow])
+    assert backend.get(slow, timeout=30) is None
+    with backend.executor(max_workers=2) as executor:
+        assert backend.get([executor.submit(sum, data)], timeout=30) == [sum(data)]
+        assert list(executor.map(abs, range(-3, 0))) == [3, 2, 1]
+    assert backend.effective_n_jobs() == backend.effective_n_jobs(-1) == pb.available_cpus()
+    assert backend.effective_n_jobs(3) == 3
+    assert backend.effective_n_jobs(-(10**6)) == 1
+    with pytest.raises(ValueError, match="n_jobs"):
+        backend.effective_n_jobs(0)
+
+
+@pytest.mark.timeout(60)
+def test_own_backend_over_threads(own_registry):
+    class ThreadBackend(pb.ParallelBackend, backend_name="threads"):
+        @classmethod
+        def executor(cls, max_workers=None, *, config=None, cancel_futures=True):
+            return ThreadPoolExecutor(cls.effective_n_jobs(max_workers))
+
+    backend = pb.init_parallel_backend("threads")
+    assert type(backend) is ThreadBackend
+    check_own_backend(backend)
+
+
+@pytest.mark.timeout(60)
+def test_own_backend_is_what_the_environment_names(own_registry, monkeypatch):
+    class ThreadBackend(pb.ParallelBackend, backend_name="threads"):
+        @classmethod
+        def executor(cls, max_workers=None, *, config=None, cancel_futures=True):
+            return ThreadPoolExecutor(max_workers)
+
+    monkeypatch.setenv("PARALLEL_BACKEND", "threads")
+    assert type(pb.init_parallel_backend()) is ThreadBackend
+
+
+@pytest.mark.timeout(60)
+def test_own_backend_over_dask_distributed(own_registry, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    cluster = {"n_workers": 1, "threads_per_worker": 2, "local_directory": os.fspath(tmp_path)}
+    cluster |= {"dashboard_address": None, "worker_dashboard_address": None}
+
+    with distributed.Client(processes=False, set_as_default=False, **cluster) as client:
+
+        class DaskBackend(pb.ParallelBackend, backend_name="dask"):
+            @classmethod
+            def executor(cls, max_workers=None, *, config=None, cancel_futures=True):
+                return client.get_executor(pure=False)
+
+        backend = pb.init_parallel_backend("dask")
+        assert type(backend) is DaskBackend
+        check_own_backend(backend)
+
+
+# --- types ----------------------------------------------------------------------------------------
+
+TYPED_CLIENT = """
+from concurrent.futures import Executor, Future
+
+import parallel_backend as pb
+from typing_extensions import assert_type
+
+
+def f(x: int) -> int:
+    return x
+
+
+backend = pb.init_parallel_backend("sequential")
+assert_type(backend, pb.ParallelBackend)
+with backend.executor(2, cancel_futures=pb.CancellationPolicy.ALL) as executor:
+    assert_type(executor, Executor)
+    future = executor.submit(f, 1)
+    assert_type(future, Future[int])
+    assert_type(future.result(), int)
+    assert_type(list(executor.map(f, [1, 2])), list[int])
+assert_type(backend.get(future), int)
+assert_type(backend.get([future]), list[int])
+started = backend.wrap(f, num_cpus=1)(1)
+assert_type(backend.get(started), int)
+assert_type(backend.get([started]), list[int])
+x: dict[str, float] = {"a": 1.0}
+assert_type(backend.put(x), dict[str, float])
+assert_type(backend.get(backend.put(x)), dict[str, float])
+numbers = [1, 2]
+assert_type(backend.get(backend.put(numbers)), list[int])
+assert_type(backend.get(backend.wrap(f)(backend.put(1)), timeout=1.0), int)
+assert_type(backend.effective_n_jobs(-1), int)
+assert_type(pb.available_cpus(), int)
+
+
+class Mine(pb.ParallelBackend, backend_name="mine"):
+    @classmethod
+    def executor(
+        cls,
+        max_workers: int | None = None,
+        *,
+        config: pb.ParallelConfig | None = None,
+        cancel_futures: pb.CancellationPolicy | bool = pb.CancellationPolicy.PENDING,
+    ) -> Executor:
+        raise NotImplementedError
+
+
+@pb.deprecated(True, args_mapping={"old": "new"}, deprecated_in="1", remove_in="2")
+def g(new: int = 0, old: int = 0) -> str:
+    return str(new)
+
+
+assert_type(g(new=1), str)
+"""
+
+TYPED_TUPLES = """
+import parallel_backend as pb
+from typing_extensions import assert_type
+
+
+def f(x: int) -> int:
+    return x
+
+
+backend = pb.init_parallel_backend("sequential")
+started = backend.wrap(f)(1)
+assert_type(backend.get((started, started)), tuple[int, ...])
+"""
+
+
+def check_with_mypy(folder, *arguments):
+    pytest.importorskip("mypy")
+    # Not where it stands: mypy says nothing about what it finds through PYTHONPATH.
+    shutil.copy(pb.__file__, folder / "parallel_backend.py")
+    ran = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--no-incremental", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("source", [TYPED_CLIENT, TYPED_TUPLES], ids=["all", "tuples"])
+def test_types_of_a_client_hold_under_mypy_strict(tmp_path, source):
+    (tmp_path / "client.py").write_text(source, encoding="utf-8")
+    check_with_mypy(tmp_path, "--follow-imports=silent", "client.py")
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("platform", ["linux", "win32"])
+def test_copy_passes_mypy_strict_in_its_new_home(tmp_path, platform):
+    check_with_mypy(tmp_path, "--platform", platform, "parallel_backend.py")
