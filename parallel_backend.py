@@ -21,6 +21,8 @@ SPDX-License-Identifier: MIT
 Copyright (c) 2026 the parallel_backend developers
 """
 
+# pyright: standard
+
 from __future__ import annotations
 
 import _thread
@@ -48,7 +50,17 @@ from concurrent.futures import CancelledError, Executor, Future, as_completed
 from concurrent.futures import TimeoutError as FutureTimeoutError  # not the builtin before 3.11
 from dataclasses import dataclass
 from itertools import islice, takewhile
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    TypeAlias,
+    TypeVar,
+    cast,
+    overload,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -233,14 +245,14 @@ def deprecated(
             else:
                 # Only a coroutine function passes for one there, and it warns at its first step:
                 # of the line that awaits it, or failing that, of the one that runs the event loop.
-                call = wrapper
+                plain = wrapper
 
-                @functools.wraps(function)
-                async def wrapper(*args: Any, **kwargs: Any) -> Any:
-                    return await call(*args, **kwargs)
+                async def stepped(*args: Any, **kwargs: Any) -> Any:
+                    return await plain(*args, **kwargs)
 
+                wrapper = functools.wraps(function)(stepped)
         if target is not True:
-            wrapper.__deprecated__ = whole  # type: ignore[attr-defined]  # as PEP 702 has it
+            cast("Any", wrapper).__deprecated__ = whole  # as PEP 702 has it
         return wrapper
 
     return decorate
@@ -390,6 +402,7 @@ def _cgroup_quotas(root: str) -> Iterator[tuple[int, int]]:
 # --- backends ---------------------------------------------------------------------------------
 
 if TYPE_CHECKING:
+    _Work: TypeAlias = "_Task | _Chunk"  # what an engine is given
 
     class Handle(Generic[T]):
         """What ``wrap(…)(…)`` returns, to type checkers; what it really is, is the engine's."""
@@ -495,8 +508,10 @@ class ParallelBackend(abc.ABC):
         deadline = None if timeout is None else time.monotonic() + timeout
 
         def value(item: Any) -> Any:
-            if type(item) in (list, tuple):
-                return type(item)(map(value, item))
+            if type(item) is list:
+                return [value(each) for each in item]
+            if type(item) is tuple:
+                return tuple(value(each) for each in item)
             left = None if deadline is None else max(deadline - time.monotonic(), 0)
             return self._value(item, left)
 
@@ -602,26 +617,6 @@ class ParallelBackend(abc.ABC):
         bounded = metaclass(cls.__name__, (cls,), {"_n_cpus_local": config.n_cpus_local})
         return cast("type[ParallelBackend]", bounded)
 
-    @classmethod
-    def _checked(
-        cls,
-        max_workers: int | None,
-        cancel_futures: CancellationPolicy | bool,
-        config: ParallelConfig | None = None,
-    ) -> tuple[int, CancellationPolicy]:
-        """The arguments of :meth:`executor`, checked and completed."""
-        if max_workers is None:
-            max_workers = cls.effective_n_jobs(-1)
-        elif isinstance(max_workers, bool) or not isinstance(max_workers, int):
-            raise TypeError(f"max_workers must be an int, not {max_workers!r}")
-        elif max_workers < 1:
-            raise ValueError("max_workers must be greater than 0")
-        if config is not None and not isinstance(config, ParallelConfig):
-            raise TypeError(f"config must be a ParallelConfig, not {config!r}")
-        for bound in (cls._n_cpus_local, config and config.n_cpus_local):
-            max_workers = min(max_workers, bound or max_workers)
-        return max_workers, _as_policy(cancel_futures)
-
 
 _config_deprecated = functools.partial(
     deprecated,
@@ -685,12 +680,21 @@ def init_parallel_backend(
 # guards all of its state and that of its mappings. It is never held while an engine, a callback
 # or other code of the user's runs; a future's own lock may be taken inside it, never around it.
 
+Items = list[tuple[Any, ...]]
+"""The positional arguments of each item; a task has but one."""
+
+Call = tuple["Callable[..., Any]", Items, dict[str, Any], float]
+"""What a worker is given: the callable, the items, keywords for all of them, and the seconds after
+which it begins no further item. Dropped as soon as it can't be needed, for it may hold much."""
+
 Reply = tuple[list[Any], "BaseException | None", int, float]
 """What became of a task's items: the results up to the first failure, that failure, how many
 items were begun (0 with a failure: nothing was run, for what was sent could not be read), and
 seconds that they took in the worker."""
 
-FLOOR_SECONDS = 0.002  # how long it takes at least, even where its share of what is left is less
+FLOOR_SECONDS = (
+    0.002  # how long a chunk takes at least, even where its share of what is left is less
+)
 AHEAD_SECONDS = 0.05  # how much work may wait at an engine that wants its tasks early
 
 
@@ -728,33 +732,14 @@ class _Engine(abc.ABC):
         return None
 
 
-class _Work:
-    """What an engine is given: the call of a task, or of a chunk of a map's items."""
-
-    call: tuple[Callable[..., Any], list[tuple[Any, ...]], dict[str, Any], float] | None
-    """(callable, the positional arguments of each item, keywords, seconds after which no further
-    item is begun). Dropped as soon as it can't be needed, for it may hold much."""
-    stopped = False  # the policy has stopped it: a failure means that it was cancelled
-
-    def claim(self) -> bool:
-        """Mark as running, unless cancelled meanwhile."""
-        raise NotImplementedError
-
-    def complete(self, reply: Reply) -> None:
-        raise NotImplementedError
-
-    def cancel_running(self) -> None:
-        raise NotImplementedError
-
-
-class _Task(Future[Any], _Work):
+class _Task(Future[Any]):
     """The future of one task, which holds its call too: nobody else need hold either."""
 
-    def __init__(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    stopped = False  # the policy has stopped it: a failure means that it was cancelled
+
+    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> None:
         super().__init__()
-        self.call = (fn, [args], kwargs, 0.0)
+        self.call: Call | None = (fn, [args], kwargs, 0.0)
 
     # _condition and _state are Future's, private but the same since Python 3.2.
 
@@ -799,11 +784,12 @@ class _Mapping:
         self.seconds: float | None = None  # of an item, of late
         self.items: collections.deque[tuple[Any, ...]] = collections.deque()  # not in a chunk yet
         self.first = 0  # index of items[0]
-        self.returned: list[tuple[int, list[tuple[Any, ...]], bool]] = []
+        self.returned: list[tuple[int, Items, bool]] = []
         """What chunks have given back: (index, items, whether to send each alone)."""
         self.outcomes: dict[int, tuple[list[Any], BaseException | None]] = {}
         """By the index of its first item: the results, then what was raised."""
         self.changed = threading.Condition(core.lock)  # notified of outcomes
+        self.queued = False  # stands among the core's pending
         self.abandoned = False  # nobody will ask for further results
 
     def is_empty(self) -> bool:
@@ -844,16 +830,18 @@ class _Mapping:
         self.changed.notify_all()
 
 
-class _Chunk(_Work):
-    """Some items of a map; for cancellation, one task."""
+class _Chunk:
+    """Some items of a map; to an engine, and for cancellation, it is one task."""
 
-    def __init__(self, mapping: _Mapping, start: int, items: list[tuple[Any, ...]]) -> None:
+    stopped = False  # as of a task
+
+    def __init__(self, mapping: _Mapping, start: int, items: Items) -> None:
         self.mapping = mapping
         self.start = start
         # A chunk that takes far longer than measured comes back early: its last items are not
         # stranded behind a long one while other workers idle.
         budget = mapping.core.engine.chunk_seconds if mapping.chunksize is None else float("inf")
-        self.call = (mapping.fn, items, {}, budget)
+        self.call: Call | None = (mapping.fn, items, {}, budget)
 
     def claim(self) -> bool:
         return True
@@ -896,7 +884,8 @@ class _Core:
         self.engine = engine
         self.max_workers = min(max_workers, engine.limit or max_workers)
         self.policy = policy
-        self.lock = threading.Lock()
+        # Reentrant: a reference dropped under it may be the last to an object whose __del__ submits.
+        self.lock = threading.RLock()
         self.ended = threading.Condition(self.lock)  # notified when closed
         self.pending: collections.deque[_Task | _Mapping] = collections.deque()
         self.running: set[_Work] = set()
@@ -911,28 +900,30 @@ class _Core:
         atexit.unregister(_end_all)
         atexit.register(_end_all)
 
-    def add(self, new: _Task | _Mapping, items: Sequence[tuple[Any, ...]] = ()) -> None:
-        """Take a task, or a mapping with further items."""
+    def add(self, new: _Task | _Mapping, items: Items | None = None) -> None:
+        """Take a task, or further items of a mapping."""
         with self.lock:
             if self.shut:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             if isinstance(new, _Mapping):
-                new.items.extend(items)
-            if new not in self.pending if items else True:
+                new.items.extend(items or ())
+                queued, new.queued = new.queued, True
+            else:
+                queued = False
+            if not queued:
                 self.pending.append(new)
             room = len(self.running) < self.max_workers + self.engine.early
         if room:
             self.feed()
 
-    def give_back(
-        self, mapping: _Mapping, start: int, items: list[tuple[Any, ...]], alone: bool
-    ) -> None:
+    def give_back(self, mapping: _Mapping, start: int, items: Items, alone: bool) -> None:
         """Take back items of a chunk that were not begun; under the lock."""
         mapping.returned.append((start, items, alone))
         if self.discard:
             mapping.cancel()
-        elif mapping not in self.pending:
+        elif not mapping.queued:
             self.pending.appendleft(mapping)
+            mapping.queued = True
 
     def feed(self, work: _Work | None = None, reply: Reply | None = None) -> None:
         """Finish ``work``, if given, and hand the engine all that it has room for."""
@@ -942,7 +933,13 @@ class _Core:
         try:
             while True:
                 if work is not None and reply is not None:
-                    self.finish(work, reply)
+                    try:
+                        self.finish(work, reply)
+                    except BaseException:
+                        if threading.current_thread() is threading.main_thread():
+                            raise  # Ctrl-C
+                        # A callback has left by sys.exit(), say. The engine's thread lives on.
+                        _log.critical("Exception in a callback of a task", exc_info=True)
                 work = reply = None  # an engine that is slow to start must not keep them alive
                 with self.lock:
                     work = self.take()
@@ -969,8 +966,13 @@ class _Core:
             room += min(int(ahead), self.engine.early)
         while self.pending and len(self.running) < room:
             head = self.pending[0]
-            work: _Work | None = head.cut(self.max_workers) if isinstance(head, _Mapping) else head
-            if not isinstance(head, _Mapping) or head.is_empty():
+            work: _Work | None
+            if isinstance(head, _Mapping):
+                work = head.cut(self.max_workers)
+                head.queued = not head.is_empty()
+            else:
+                work = head
+            if not isinstance(head, _Mapping) or not head.queued:
                 self.pending.popleft()
             if work is not None and work.claim():
                 self.running.add(work)
@@ -1400,8 +1402,8 @@ class _InlineEngine(_Engine):
         return reply
 
 
-class SequentialParallelBackend(ParallelBackend, backend_name="sequential"):
-    """Runs every task at once, in the calling process: for debuggers, profilers and ``print``."""
+class _EngineBackend(ParallelBackend):
+    """A backend whose executors are the core over an engine."""
 
     @classmethod
     @_config_deprecated()
@@ -1411,8 +1413,36 @@ class SequentialParallelBackend(ParallelBackend, backend_name="sequential"):
         *,
         config: ParallelConfig | None = None,
         cancel_futures: CancellationPolicy | bool = CancellationPolicy.PENDING,
-    ) -> Executor:
-        return _Executor(_InlineEngine(), *cls._checked(max_workers, cancel_futures, config))
+        **options: Any,
+    ) -> _Executor:
+        policy = _as_policy(cancel_futures)
+        if isinstance(max_workers, bool) or not isinstance(max_workers, (int, type(None))):
+            raise TypeError(f"max_workers must be an int, not {max_workers!r}")
+        if max_workers is not None and max_workers < 1:
+            raise ValueError("max_workers must be greater than 0")
+        if not isinstance(config, (ParallelConfig, type(None))):
+            raise TypeError(f"config must be a ParallelConfig, not {config!r}")
+        cls._prepare(config)
+        bounds = (cls._n_cpus_local, config and config.n_cpus_local)
+        workers = min(max_workers or cls.effective_n_jobs(-1), *(b or sys.maxsize for b in bounds))
+        return _Executor(cls._engine(workers, **options), workers, policy)
+
+    @classmethod
+    @abc.abstractmethod
+    def _engine(cls, workers: int) -> _Engine:
+        """An engine for an executor with so many workers, and options for its tasks, if it has any."""
+
+    @classmethod
+    def _prepare(cls, config: ParallelConfig | None) -> None:
+        """Get what executors need, as the deprecated ``config`` says."""
+
+
+class SequentialParallelBackend(_EngineBackend, backend_name="sequential"):
+    """Runs every task at once, in the calling process: for debuggers, profilers and ``print``."""
+
+    @classmethod
+    def _engine(cls, workers: int) -> _Engine:
+        return _InlineEngine()
 
 
 # --- joblib -----------------------------------------------------------------------------------
@@ -1491,8 +1521,10 @@ class _LokyWorker:
             self.connection.send_bytes(message)
             del message
             reply = self.connection.recv_bytes()
-        except (EOFError, OSError) as error:
-            return [], self._died(name, error), count, 0.0
+        except BaseException as error:
+            # It could not be started, or is gone; or it is out of step with us, if this end failed.
+            failure = error if self.process is None else self._died(name)
+            return [], failure, count, 0.0
         finally:
             with self.lock:
                 self.work = None
@@ -1523,12 +1555,8 @@ class _LokyWorker:
             if work.stopped:  # stop() came too early to find a process
                 _kill(process)
 
-    def _died(self, name: str, error: Exception) -> BaseException:
+    def _died(self, name: str) -> BaseException:
         process = self.process
-        if process is None:
-            failure = _broken(f"Could not start a worker process for {name}: {error!r}")
-            failure.__cause__ = error
-            return failure
         self.crashed = True
         process.join(1)  # it has closed its connection, so it is gone, or as good as
         code = process.exitcode
@@ -1674,11 +1702,13 @@ class _Shared:
     def _write(self, parts: list[memoryview]) -> tuple[str, list[tuple[int, int]]]:
         tracker = _required("joblib.externals.loky.backend.resource_tracker")
         folders = [os.environ.get("JOBLIB_TEMP_FOLDER"), "/dev/shm", tempfile.gettempdir()]
+        reason = None
         for folder in filter(None, folders):
             try:
                 descriptor, path = tempfile.mkstemp(prefix="parallel_backend_", dir=folder)
-            except OSError:
-                continue  # there is none, or not for us; the last one speaks for itself below
+            except OSError as error:
+                reason = error  # there is no such folder, or it is not for us
+                continue
             tracker.register(path, "file")
             try:
                 with open(descriptor, "wb") as file:
@@ -1734,7 +1764,7 @@ def _forget_file(unlink: Callable[[str, str], None], path: str, owner: int) -> N
         unlink(path, "file")
 
 
-class JoblibParallelBackend(ParallelBackend, backend_name="joblib"):
+class JoblibParallelBackend(_EngineBackend, backend_name="joblib"):
     """Runs tasks in processes of loky, joblib's own, on this machine.
 
     Each worker may use ``available_cpus() // max_workers`` threads for BLAS and OpenMP, unless
@@ -1746,19 +1776,11 @@ class JoblibParallelBackend(ParallelBackend, backend_name="joblib"):
         super().__init__()
 
     @classmethod
-    @_config_deprecated()
-    def executor(
-        cls,
-        max_workers: int | None = None,
-        *,
-        config: ParallelConfig | None = None,
-        cancel_futures: CancellationPolicy | bool = CancellationPolicy.PENDING,
-    ) -> Executor:
-        workers, policy = cls._checked(max_workers, cancel_futures, config)
+    def _engine(cls, workers: int) -> _Engine:
         inner = getattr(cls._active()[0], "inner_max_num_threads", None)
         threads = str(inner or max(available_cpus() // workers, 1))
         names = (name for name in _THREAD_VARIABLES if inner or name not in os.environ)
-        return _Executor(_LokyEngine(dict.fromkeys(names, threads)), workers, policy)
+        return _LokyEngine(dict.fromkeys(names, threads))
 
     @classmethod
     def _active(cls) -> tuple[Any, int | None]:
@@ -1790,8 +1812,9 @@ def _ray_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
     def work(spec: Any, *args: Any) -> tuple[bytes | None, Any]:
         """Run a task or a chunk. Ray sees a task's arguments one by one if there are handles
         among them, to wait for those and to send what is behind them."""
-        import ray
+        import importlib
 
+        ray = importlib.import_module("ray")
         dumps = ray.cloudpickle.dumps
         fn, items, kwargs, names, budget, reraise = spec
         if args:
@@ -1894,24 +1917,29 @@ class _RayEngine(_Engine):
         ref.future().add_done_callback(lambda future: self.inbox.put((work, ref, future, done)))
 
     def _live(self) -> None:
-        while (news := self.inbox.get()) is not None:
-            batch = [news]
+        batch: list[Any] = []
+        while True:
+            batch.append(self.inbox.get())
             with contextlib.suppress(queue.Empty):
                 while len(batch) < self.BATCH and batch[-1] is not None:
                     batch.append(self.inbox.get_nowait())
-            if batch[-1] is None:
-                self.inbox.put(batch.pop())
-            ready, late = self._await([ref for _, ref, future, _ in batch if future is None])
-            while batch:
-                work, ref, future, done = batch.pop(0)
-                if ref in late:
-                    self._watch(work, ref, done)  # not that short
-                    continue
-                reply = self._reply(work, ready.pop(ref) if future is None else future.result)
-                self.refs.pop(work, None)
-                done(work, reply)
-                del reply
-            del news, work, ref, future, done  # not to be held while waiting
+            ended = batch[-1] is None
+            self._handle(batch[:-1] if ended else batch)
+            if ended:
+                return
+            batch.clear()
+
+    def _handle(self, batch: list[Any]) -> None:
+        """Pass on what is done; a function of its own, so that nothing is held while waiting."""
+        ready, late = self._await([ref for _, ref, future, _ in batch if future is None])
+        while batch:
+            work, ref, future, done = batch.pop(0)
+            if ref in late:
+                self._watch(work, ref, done)  # not that short
+                continue
+            reply = self._reply(work, ready.pop(ref) if future is None else future.result)
+            self.refs.pop(work, None)
+            done(work, reply)
 
     def _await(self, refs: list[Any]) -> tuple[dict[Any, Callable[[], Any]], list[Any]]:
         """Wait for short tasks: (how to get the value of those that are done, the others)."""
@@ -1985,7 +2013,7 @@ def _ray_losses(errors: ModuleType) -> list[type[BaseException]]:
     return [getattr(errors, name) for name in names if hasattr(errors, name)]
 
 
-class RayParallelBackend(ParallelBackend, backend_name="ray"):
+class RayParallelBackend(_EngineBackend, backend_name="ray"):
     """Runs tasks on a Ray cluster: the one Ray is connected to, else what ``ray.init()`` finds
     (``RAY_ADDRESS``, or a cluster on this machine), else a new one on this machine.
 
@@ -1998,11 +2026,11 @@ class RayParallelBackend(ParallelBackend, backend_name="ray"):
 
     @classmethod
     def _configured(cls, config: ParallelConfig) -> type[ParallelBackend]:
-        cls._connect(config)
+        cls._prepare(config)
         return super()._configured(config)
 
     @classmethod
-    def _connect(cls, config: ParallelConfig | None) -> Any:
+    def _prepare(cls, config: ParallelConfig | None) -> None:
         options: dict[str, Any] = {}
         if config is not None:
             address = config.address
@@ -2011,29 +2039,17 @@ class RayParallelBackend(ParallelBackend, backend_name="ray"):
                 "num_cpus": config.n_cpus_local,
                 "logging_level": config.logging_level,
             }
-        return _started_ray(**{key: value for key, value in options.items() if value is not None})
+        _started_ray(**{key: value for key, value in options.items() if value is not None})
 
     @classmethod
-    @_config_deprecated()
-    def executor(
-        cls,
-        max_workers: int | None = None,
-        *,
-        config: ParallelConfig | None = None,
-        cancel_futures: CancellationPolicy | bool = CancellationPolicy.PENDING,
-        **options: Any,
-    ) -> Executor:
-        """As the base class has it; ``options`` are those of Ray's tasks (``num_cpus``,
-        ``num_gpus``, ``resources``, ``max_retries``, …), for every task."""
-        ray = cls._connect(config)
-        workers, policy = cls._checked(max_workers, cancel_futures, config)
+    def _engine(cls, workers: int, **options: Any) -> _Engine:
+        """``options`` are those of Ray's tasks: ``num_cpus``, ``resources``, ``max_retries``, …"""
         # Where Ray's CPUs bound what runs at once, Ray may have short tasks before they can run.
         each = options.get("num_cpus", 1)
         bounded = bool(each) and workers >= int(cls._cpus()[0] / each)
         remote = _ray_with(_ray_remotes()[0], options)
         reraise = bool(options.get("retry_exceptions"))  # Ray must see what it is to retry
-        engine = _RayEngine(ray, remote, workers, bounded, reraise)
-        return _Executor(engine, workers, policy)
+        return _RayEngine(_required("ray"), remote, workers, bounded, reraise)
 
     @classmethod
     def _cpus(cls) -> tuple[int, int | None]:
