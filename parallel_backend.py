@@ -41,7 +41,6 @@ import queue
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -518,9 +517,9 @@ class ParallelBackend(abc.ABC):
         try:
             return value(v)
         except FutureTimeoutError as error:
-            if isinstance(error, TimeoutError):
+            if sys.version_info >= (3, 11):
                 raise
-            raise TimeoutError(*error.args) from error  # Python 3.10
+            raise TimeoutError(*error.args) from error
 
     def wrap(self, fun: Callable[..., T], **options: Any) -> Callable[..., Handle[T]]:
         """A callable that starts ``fun`` in the background and returns a handle to its result.
@@ -1256,6 +1255,7 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
         import faulthandler
         import functools
         import importlib
+        import multiprocessing
         import os
         import pickle
         import signal
@@ -1296,8 +1296,15 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
         if not faulthandler.is_enabled() and sys.stderr is not None:
             faulthandler.enable()
 
+        # Mapped files stay mapped from task to task, for which page faults would take longer
+        # than many a task, but no longer than a second: they may be large, and gone elsewhere.
+        maps: dict[str, Any] = {}
+        process: Any = multiprocessing.current_process()
+        process.parallel_backend_maps = maps  # where the function that maps them can find it
         while True:
             try:
+                if maps and not connection.poll(1):
+                    maps.clear()
                 message = connection.recv_bytes()
             except (EOFError, OSError):
                 return
@@ -1700,6 +1707,8 @@ class _Shared:
         self._pickled = _dumps(_Reduced(_map_file, path, spans))
 
     def _write(self, parts: list[memoryview]) -> tuple[str, list[tuple[int, int]]]:
+        import tempfile  # a fifth of the time that importing this file takes
+
         tracker = _required("joblib.externals.loky.backend.resource_tracker")
         folders = [os.environ.get("JOBLIB_TEMP_FOLDER"), "/dev/shm", tempfile.gettempdir()]
         reason = None
@@ -1746,10 +1755,17 @@ def _make_map_file() -> Callable[[str, list[tuple[int, int]]], Any]:
     def map_file(path: str, spans: list[tuple[int, int]]) -> Any:
         """Load an object from a file of :class:`_Shared`; runs in workers, so sent by value."""
         import mmap
+        import multiprocessing
+        import os
         import pickle
 
-        with open(path, "rb") as file:
-            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        maps = getattr(multiprocessing.current_process(), "parallel_backend_maps", {})
+        for gone in [other for other in maps if not os.path.exists(other)]:
+            del maps[gone]
+        if (content := maps.get(path)) is None:
+            with open(path, "rb") as file:
+                content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            maps[path] = content
         data, *buffers = (content[start : start + size] for start, size in spans)
         return pickle.loads(data, buffers=buffers)
 

@@ -1480,7 +1480,7 @@ def test_shared_object_where_there_is_no_room(
     monkeypatch.setenv("JOBLIB_TEMP_FOLDER", str(tmp_path / "missing"))
     handle = backend.put(bytes(100_000))
     assert backend.get(handle) == bytes(100_000)
-    monkeypatch.setattr(pb.tempfile, "mkstemp", lambda **_: 1 / 0)
+    monkeypatch.setattr(tempfile, "mkstemp", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         backend.put(bytes(100_000))
 
@@ -1836,7 +1836,7 @@ def test_ray_is_started_for_who_has_not(monkeypatch: Any) -> None:
             print(e._max_workers, e.submit(pow, 2, 3).result(30))
     """
     pytest.importorskip("ray")
-    done = run_script(code, env={"RAY_ADDRESS": "local"} if False else {})
+    done = run_script(code, env={"RAY_ADDRESS": "local"})
     assert done.stdout == "1 8\n", done.stderr
     assert (
         "parallel_backend: Ray is not initialised yet: calling ray.init(num_cpus=1)" in done.stderr
@@ -3726,3 +3726,241 @@ def test_types_of_a_client_hold_under_mypy_strict(tmp_path, source):
 @pytest.mark.parametrize("platform", ["linux", "win32"])
 def test_copy_passes_mypy_strict_in_its_new_home(tmp_path, platform):
     check_with_mypy(tmp_path, "--platform", platform, "parallel_backend.py")
+
+
+# --- measurements -----------------------------------------------------------------------------
+
+
+def noop(x: Any = None) -> Any:
+    return x
+
+
+def spin(seconds: float) -> None:
+    """Keep a CPU busy, as a sleep does not."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+def seconds_for(function: Any, *args: Any, repeat: int = 3) -> float:
+    """The median of a few runs."""
+    taken = []
+    for _ in range(repeat):
+        started = time.perf_counter()
+        function(*args)
+        taken.append(time.perf_counter() - started)
+    return sorted(taken)[repeat // 2]
+
+
+class Table:
+    def __init__(self) -> None:
+        print(f"\n{'work':<48}{'peer':<22}{'peer':>12}{'ours':>12}{'ratio':>8}  goal")
+
+    def row(self, work: str, peer: str, theirs: str, ours: str, ratio: float, goal: str) -> None:
+        print(f"{work:<48}{peer:<22}{theirs:>12}{ours:>12}{ratio:>8.2f}  {goal}", flush=True)
+
+    def rate(self, work: str, peer: str, theirs: float, ours: float, goal: str) -> None:
+        self.row(work, peer, f"{theirs:,.0f}/s", f"{ours:,.0f}/s", ours / theirs, goal)
+
+    def time(self, work: str, peer: str, theirs: float, ours: float, goal: str) -> None:
+        self.row(work, peer, f"{theirs * 1e3:.1f} ms", f"{ours * 1e3:.1f} ms", theirs / ours, goal)
+
+    def share(self, work: str, ideal: float, ours: float, goal: str, peer: str = "ideal") -> None:
+        self.row(work, peer, f"{ideal:.3f} s", f"{ours:.3f} s", ideal / ours, goal)
+
+
+def results_of(futures: list[Future[Any]]) -> None:
+    for future in futures:
+        future.result()
+
+
+@pytest.mark.benchmark
+@pytest.mark.timeout(600)
+def test_measure(request: pytest.FixtureRequest) -> None:
+    joblib = pytest.importorskip("joblib")
+    ray = pytest.importorskip("ray")
+    numpy = pytest.importorskip("numpy")
+    from joblib.externals.loky import ProcessPoolExecutor, get_reusable_executor
+    from ray.util.multiprocessing import Pool
+
+    ray.init("local", logging_level="error", log_to_driver=False, include_dashboard=False)
+    local = pb.init_parallel_backend("joblib")
+    cluster = pb.init_parallel_backend("ray")
+    cpus = local.effective_n_jobs()
+    assert cluster.effective_n_jobs() == cpus
+    table = Table()
+
+    def imported(name: str) -> float:
+        command = [sys.executable, "-c", f"import {name}"]
+        return seconds_for(lambda: subprocess.run(command, check=True, cwd=HERE), repeat=7)
+
+    bare = imported("sys")
+    theirs, ours = imported("joblib") - bare, imported("parallel_backend") - bare
+    table.time("import", "joblib", theirs, ours, ">= 3")
+
+    def reopen_reusable() -> None:
+        with get_reusable_executor(max_workers=cpus) as executor:
+            executor.submit(noop).result()
+
+    def reopen(backend: pb.ParallelBackend) -> None:
+        with backend.executor(cpus) as executor:
+            executor.submit(noop).result()
+
+    reopen_reusable()
+    theirs = seconds_for(reopen_reusable)
+    for backend, name in ((local, "joblib"), (cluster, "ray")):
+        reopen(backend)
+        ours = seconds_for(reopen, backend, repeat=9)
+        table.time(f"second executor, {name}", "loky reusable", theirs, ours, ">= 20")
+
+    n, remote, sleeper = 6000, ray.remote(noop), ray.remote(nap)
+    with ProcessPoolExecutor(cpus) as raw, local.executor(cpus) as executor:
+
+        def submit_all(pool: Executor, function: Any, count: int, argument: Any = None) -> None:
+            results_of([pool.submit(function, argument) for _ in range(count)])
+
+        submit_all(raw, noop, 200)
+        submit_all(executor, noop, 200)
+        theirs, ours = (n / seconds_for(submit_all, pool, noop, n) for pool in (raw, executor))
+        table.rate("submit of no-ops, joblib", "raw loky", theirs, ours, ">= 0.9")
+        theirs, ours = (seconds_for(submit_all, pool, nap, 200, 0.01) for pool in (raw, executor))
+        table.share("submit of 10 ms tasks, joblib", theirs, ours, ">= 0.95", "raw loky")
+    with cluster.executor() as executor:
+        n = 3000
+        submit_all(executor, noop, 500)
+        theirs = n / seconds_for(lambda: ray.get([remote.remote(i) for i in range(n)]))
+        ours = n / seconds_for(submit_all, executor, noop, n)
+        table.rate("submit of no-ops, ray", "raw ray", theirs, ours, ">= 0.9")
+        theirs = seconds_for(lambda: ray.get([sleeper.remote(0.01) for _ in range(200)]))
+        ours = seconds_for(submit_all, executor, nap, 200, 0.01)
+        table.share("submit of 10 ms tasks, ray", theirs, ours, ">= 0.95", "raw ray")
+
+    items = 100_000
+    parallel = joblib.Parallel(n_jobs=cpus)
+    parallel(joblib.delayed(noop)(i) for i in range(1000))
+    parallel_rate = items / seconds_for(
+        lambda: parallel(joblib.delayed(noop)(i) for i in range(items))
+    )
+    with Pool(cpus) as pool:
+        pool.map(noop, range(1000))
+        pool_rate = items / seconds_for(lambda: pool.map(noop, range(items)))
+    for backend, name in ((local, "joblib"), (cluster, "ray")):
+        with backend.executor() as executor:
+
+            def mapped(function: Any, arguments: Any) -> None:
+                for _ in executor.map(function, arguments):
+                    pass
+
+            mapped(noop, range(1000))
+            ours = items / seconds_for(mapped, noop, range(items))
+            table.rate(
+                f"map of 100,000 no-ops, {name}", "joblib.Parallel", parallel_rate, ours, "> 1"
+            )
+            table.rate(f"map of 100,000 no-ops, {name}", "ray Pool.map", pool_rate, ours, "> 1")
+            ours = seconds_for(mapped, spin, [0.001] * 4000)
+            table.share(f"map of 4,000 busy items of 1 ms, {name}", 4 / cpus, ours, ">= 0.92")
+            mixed = [0.0002] * 2000 + [0.5] * 8
+            ours = seconds_for(mapped, spin, mixed)
+            table.share(
+                f"map of 2,000 short, then 8 long, {name}", sum(mixed) / cpus, ours, ">= 0.85"
+            )
+
+    array = numpy.random.rand(25_000_000)
+    for function in (touch_some, touch_all):
+
+        def shared(backend: pb.ParallelBackend, function: Any = function) -> None:
+            with backend.executor() as executor:
+                handle = backend.put(array)
+                results_of([executor.submit(function, handle) for _ in range(100)])
+
+        def by_ray(function: Any = function) -> None:
+            reference = ray.put(array)
+            task = ray.remote(function)
+            ray.get([task.remote(reference) for _ in range(100)])
+
+        what = f"put of 200 MB, 100 tasks that {function.__name__.replace('_', ' ')}"
+        theirs = seconds_for(lambda: parallel(joblib.delayed(function)(array) for _ in range(100)))  # noqa: B023
+        table.time(
+            f"{what}, joblib", "joblib memmapping", theirs, seconds_for(shared, local), ">= 1"
+        )
+        theirs = seconds_for(by_ray)
+        table.time(f"{what}, ray", "raw ray.put", theirs, seconds_for(shared, cluster), ">= 1")
+
+    for backend, name in ((local, "joblib"), (cluster, "ray")):
+        with backend.executor(2) as executor:
+            submit_all(executor, nap, 2, 0.1)
+            futures = [executor.submit(nap, 3.0) for _ in range(2)]
+            before, started = cpu_of_our_threads(), time.perf_counter()
+            wait(futures)
+            each = (cpu_of_our_threads() - before) / (time.perf_counter() - started)
+            table.row(
+                f"waiting: CPU a second, {name}",
+                "",
+                "",
+                f"{each * 1e3:.1f} ms",
+                each / 0.002,
+                "<= 1",
+            )
+
+    def memory_of(pool: Any) -> float:
+        import tracemalloc
+
+        gate = threading.Event()
+        first = (
+            pool.submit(gate.wait) if isinstance(pool, ThreadPoolExecutor) else pool.submit(nap, 5)
+        )
+        tracemalloc.start()
+        futures = [pool.submit(noop, None) for _ in range(20_000)]
+        size = tracemalloc.get_traced_memory()[0] / len(futures)
+        tracemalloc.stop()
+        gate.set()
+        for future in futures:
+            future.cancel()
+        first.cancel()
+        return size
+
+    with ThreadPoolExecutor(1) as threads:
+        theirs = memory_of(threads)
+    with local.executor(1, cancel_futures=Policy.ALL) as executor:
+        ours = memory_of(executor)
+    table.row(
+        "a pending task",
+        "ThreadPoolExecutor",
+        f"{theirs:.0f} B",
+        f"{ours:.0f} B",
+        ours / theirs,
+        "<= 1.25",
+    )
+    with local.executor() as executor:
+        import tracemalloc
+
+        results = executor.map(noop, itertools.count(), buffersize=64)
+        for _ in itertools.islice(results, 1000):
+            pass
+        tracemalloc.start()
+        for _ in itertools.islice(results, 50_000):
+            pass
+        grown = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        table.row(
+            "endless map, buffersize=64: memory after 50,000",
+            "",
+            "",
+            f"{grown / 1024:.0f} KiB",
+            0,
+            "constant",
+        )
+    get_reusable_executor().shutdown(kill_workers=True)
+    ray.shutdown()
+
+
+def nap(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def touch_some(array: Any) -> float:
+    return float(array[::1000].sum())
+
+
+def touch_all(array: Any) -> float:
+    return float(array.sum())
