@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -3723,9 +3724,88 @@ def test_types_of_a_client_hold_under_mypy_strict(tmp_path, source):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("platform", ["linux", "win32"])
+@pytest.mark.parametrize("platform", ["win32"])
 def test_copy_passes_mypy_strict_in_its_new_home(tmp_path, platform):
     check_with_mypy(tmp_path, "--platform", platform, "parallel_backend.py")
+
+
+# --- the README -------------------------------------------------------------------------------
+
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[-1][:30])
+def test_readme_block_runs(block: str) -> None:
+    """What a block prints is what its comments say, where they begin with what they say."""
+    pytest.importorskip("joblib")
+    done = run_script(block)
+    assert done.returncode == 0, done.stderr
+    said = re.findall(r"print\(.*\)  # (.*)", block)
+    for line, comment in zip(done.stdout.splitlines(), said):
+        assert comment.startswith(line), block
+
+
+def test_readme_workload_gives_the_same_everywhere(request: pytest.FixtureRequest) -> None:
+    """Moved from one backend to the other by the environment variable alone."""
+    backend_named("ray", request)
+    pytest.importorskip("joblib")
+    workload = next(block for block in BLOCKS if "contributions" in block)
+    assert sum(1 for line in workload.splitlines() if line) < 20
+    answers = {
+        name: run_script(workload, env={"PARALLEL_BACKEND": name, **ray_address()}) for name in ALL
+    }
+    for name, done in answers.items():
+        assert done.stdout == answers["sequential"].stdout != "", (name, done.stderr)
+
+
+def test_readme_is_short_and_complete() -> None:
+    assert README.count("\n") < 300
+    titles = re.findall(r"^## (.*)", README, re.MULTILINE)
+    assert titles == [
+        "Two commands",
+        "A real workload",
+        "Choosing a backend",
+        "Cancellation",
+        "Big objects",
+        "Chunks and streams",
+        "Counting CPUs",
+        "When things go wrong",
+        "Deprecating with it",
+        "Your own backend",
+        "Vendoring",
+        "Measured against its peers",
+        "Versions",
+    ]
+    assert pb.__version__ in README
+
+
+# --- the self-test ----------------------------------------------------------------------------
+
+
+def test_self_test_passes_on_what_is_installed(capsys: Any, ray_cluster: Any) -> None:
+    assert pb.main([]) == 0
+    out = capsys.readouterr().out
+    assert out.count(" ok ") == 9 * 3, out
+    assert out.endswith("All that is installed works.\n")
+
+
+def test_self_test_fails_if_a_backend_does(capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(pb._Executor, "map", lambda *args, **kwargs: iter(["wrong"]))
+    assert pb.main(["--backend", "sequential"]) == 1
+    out = capsys.readouterr().out
+    assert "map of 1,000 items       FAILED" in out
+    assert out.endswith("Failed: sequential\n")
+
+
+def test_self_test_explains_itself(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as left:
+        pb.main(["--help"])
+    assert left.value.code == 0
+    assert "--backend" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        pb.main(["--backend", "nonsense"])
 
 
 # --- measurements -----------------------------------------------------------------------------
