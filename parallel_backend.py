@@ -702,8 +702,6 @@ class _Engine(abc.ABC):
 
     stoppable = False
     """Whether :meth:`stop` can."""
-    limit: int | None = None
-    """The most tasks that it runs at once, if that is less than asked for."""
     chunk_seconds = 0.03
     """How long a chunk of a map's items should take, for its overhead not to count."""
     early = 0
@@ -725,6 +723,10 @@ class _Engine(abc.ABC):
         Args:
             clean: nothing was stopped: what is warm may serve another executor.
         """
+
+    def limit(self, max_workers: int) -> int:
+        """How many tasks it runs at once, of those that were asked for."""
+        return max_workers
 
     def lost(self) -> BaseException | None:
         """Why no reply will come any more, if so."""
@@ -881,14 +883,15 @@ class _Core:
 
     def __init__(self, engine: _Engine, max_workers: int, policy: CancellationPolicy) -> None:
         self.engine = engine
-        self.max_workers = min(max_workers, engine.limit or max_workers)
+        self.max_workers = max_workers
         self.policy = policy
         # Reentrant: a reference dropped under it may be the last to an object whose __del__ submits.
         self.lock = threading.RLock()
         self.ended = threading.Condition(self.lock)  # notified when closed
         self.pending: collections.deque[_Task | _Mapping] = collections.deque()
         self.running: set[_Work] = set()
-        self.seconds: float | None = None  # that a task takes, of late
+        self.short: tuple[weakref.ref[Any], float] | None = None
+        """What was run last and the seconds that it takes, for an engine that takes tasks early."""
         self.shut = False  # no more tasks are taken
         self.discard = False  # nor are those run that are pending
         self.clean = True  # nothing was stopped
@@ -911,8 +914,9 @@ class _Core:
                 queued = False
             if not queued:
                 self.pending.append(new)
-            room = len(self.running) < self.max_workers + self.engine.early
-        if room:
+            room = self.engine.limit(self.max_workers) + self.engine.early
+            is_room = len(self.running) < room
+        if is_room:
             self.feed()
 
     def give_back(self, mapping: _Mapping, start: int, items: Items, alone: bool) -> None:
@@ -940,15 +944,15 @@ class _Core:
                         # A callback has left by sys.exit(), say. The engine's thread lives on.
                         _log.critical("Exception in a callback of a task", exc_info=True)
                 work = reply = None  # an engine that is slow to start must not keep them alive
-                with self.lock:
-                    work = self.take()
-                if work is None:
-                    break
                 try:
+                    with self.lock:
+                        work = self.take()
+                    if work is None:
+                        break
                     reply = self.engine.start(work, self.feed)
                 except BaseException as error:
-                    self.finish(work, ([], error, 0, 0.0))
-                    work = None
+                    if work is not None:
+                        self.finish(work, ([], error, 0, 0.0))
                     if not isinstance(error, Exception):
                         raise  # Ctrl-C
         finally:
@@ -958,13 +962,11 @@ class _Core:
 
     def take(self) -> _Work | None:
         """The next to run, counted as running from now on; under the lock."""
-        room = self.max_workers
-        if self.engine.early and self.seconds is not None:
-            # Short tasks may wait at the engine; long ones stay here, where they can be cancelled.
-            ahead = AHEAD_SECONDS * self.max_workers / max(self.seconds, 1e-9)
-            room += min(int(ahead), self.engine.early)
-        while self.pending and len(self.running) < room:
+        room = self.engine.limit(self.max_workers)
+        while self.pending:
             head = self.pending[0]
+            if len(self.running) >= room + self.ahead(head):
+                break
             work: _Work | None
             if isinstance(head, _Mapping):
                 work = head.cut(self.max_workers)
@@ -978,8 +980,22 @@ class _Core:
                 return work
         return None
 
+    def ahead(self, head: _Task | _Mapping) -> int:
+        """How many more than may run the engine may have of what is next; under the lock."""
+        if not self.engine.early or self.short is None:
+            return 0
+        # Short tasks may wait at the engine; others stay here, where they can be cancelled.
+        function, seconds = self.short
+        fn = head.fn if isinstance(head, _Mapping) else head.call and head.call[0]
+        if fn is None or function() is not fn:
+            return 0
+        return min(int(AHEAD_SECONDS * self.max_workers / max(seconds, 1e-9)), self.engine.early)
+
     def finish(self, work: _Work, reply: Reply) -> None:
+        if work not in self.running:
+            return  # Ctrl-C has hit start() when the engine had it already
         _, failure, begun, seconds = reply
+        fn = work.call[0] if work.call and self.engine.early and begun else None
         try:
             if work.stopped and failure is not None:
                 work.cancel_running()
@@ -989,15 +1005,19 @@ class _Core:
             # Only now is there room for another: never are more than max_workers running().
             with self.lock:
                 self.running.discard(work)
-                if begun:
-                    self.seconds = seconds if self.seconds is None else (self.seconds + seconds) / 2
+                if fn is not None:
+                    with contextlib.suppress(TypeError):  # not everything can be weakly referenced
+                        known = self.short is not None and self.short[0]() is fn
+                        mean = (self.short[1] + seconds) / 2 if known and self.short else seconds
+                        self.short = weakref.ref(fn), mean
 
     def shutdown(self, wait: bool = True, policy: CancellationPolicy | None = None) -> None:
         """End: apply the policy and, if ``wait``, stay until nothing runs any more."""
-        policy = self.policy if policy is None else policy
-        cancelled: list[_Task] = []
+        cancelled: collections.deque[_Task] = collections.deque()
         stopped: list[_Work] = []
         with self.lock:
+            if policy is None:  # the executor's own is applied once; to ask again is to wait
+                policy = CancellationPolicy.NONE if self.shut else self.policy
             self.shut = True
             if CancellationPolicy.PENDING in policy:
                 self.discard = True
@@ -1012,16 +1032,18 @@ class _Core:
                 stopped.extend(self.running)
                 for work in stopped:
                     work.stopped = True
-        while stopped:
-            self.engine.stop(stopped.pop())
-        while cancelled:
-            cancelled.pop(0).cancel()
-        self.close_if_ended()
-        if not wait or threading.get_ident() in self.inside:
-            return  # a task or callback of ours that waited here would wait for itself
+        try:
+            while stopped:
+                self.engine.stop(stopped.pop())
+        finally:
+            while cancelled:
+                cancelled.popleft().cancel()
         if (reason := self.engine.lost()) is not None:
             for work in list(self.running):
                 self.feed(work, ([], reason, 1, 0.0))
+        self.feed()  # Ctrl-C may have come before it where tasks were added
+        if not wait or threading.get_ident() in self.inside:
+            return  # a task or callback of ours that waited here would wait for itself
         try:
             with self.lock:
                 while not self.closed:
@@ -1036,10 +1058,20 @@ class _Core:
             if not self.shut or self.pending or self.running or self.closing:
                 return
             self.closing = True
-        self.engine.close(self.clean)
-        with self.lock:
-            self.closed = True
-            self.ended.notify_all()
+        try:
+            self.engine.close(self.clean)
+        finally:
+            with self.lock:
+                self.closed = True
+                self.ended.notify_all()
+
+    def forget(self) -> None:
+        """In a forked child, which has none of our threads, and no right to our workers."""
+        self.lock = threading.RLock()
+        self.ended = threading.Condition(self.lock)
+        self.shut = self.closing = self.closed = True
+        self.pending.clear()
+        self.running.clear()
 
 
 class _Executor(Executor):
@@ -1165,9 +1197,13 @@ def _end_all() -> None:
         core.shutdown()
 
 
+def _forget_all() -> None:
+    for core in _Core.live:
+        core.forget()
+
+
 if hasattr(os, "register_at_fork"):
-    # A forked child has neither our threads nor a right to our workers.
-    os.register_at_fork(after_in_child=_Core.live.clear)
+    os.register_at_fork(after_in_child=_forget_all)
 
 
 # --- what workers run -------------------------------------------------------------------------
@@ -1212,16 +1248,21 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
 
         if error is None:
             return None
-        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        try:
+            text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        except Exception:
+            text = f"{type(error).__name__}, whose traceback can't be shown"
         try:
             return dumps(error), text
         except Exception as reason:
-            what = f"Could not pickle the exception that a task raised ({type(error).__name__})"
-            return pickle.dumps(pickle.PicklingError(f"{what}: {reason!r}")), text
+            what = f"Could not pickle the exception that a task raised, {type(error).__name__}"
+            why = traceback.format_exception_only(type(reason), reason)[-1].strip()
+            return pickle.dumps(pickle.PicklingError(f"{what}: {why}")), text
 
     def seal(reply: Reply, dumps: Callable[..., bytes], buffers: list[Any] | None = None) -> bytes:
         """The pickle of a reply, or else of the failure to pickle it; its buffers go to a list."""
         import pickle
+        import traceback
 
         options: dict[str, Any] = {}
         if buffers is not None:
@@ -1243,8 +1284,9 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
             good += 1
         error = reason
         if isinstance(reason, Exception):
-            what = f"Could not pickle the result of a task, {type(values[good]).__name__}"
-            error = pickle.PicklingError(f"{what}: {reason!r}")
+            kind = type(values[good]).__name__ if values else "None"
+            why = traceback.format_exception_only(type(reason), reason)[-1].strip()
+            error = pickle.PicklingError(f"Could not pickle the result of a task, {kind}: {why}")
             error.with_traceback(reason.__traceback__)
         if buffers is not None:
             buffers.clear()
@@ -1337,13 +1379,18 @@ def _unpack(packed: tuple[bytes, str] | None, name: str, begun: int) -> BaseExce
     try:
         error = pickle.loads(blob)
         if not isinstance(error, BaseException):
-            raise TypeError(f"it became {error!r}")
+            raise TypeError("it became none")
     except BaseException as reason:
-        error = _broken(f"The exception that {name} raised could not be unpickled: {reason!r}")
+        error = _broken(f"The exception that {name} raised could not be unpickled", reason)
     else:
         if not begun:
-            error = _broken(f"The worker could not unpickle the call of {name}: {error!r}")
-    error.__cause__ = _RemoteTraceback(cast("Any", f'\n"""\n{text}"""'))
+            error = _broken(f"The worker could not unpickle the call of {name}", error)
+    return _caused(error, _RemoteTraceback(cast("Any", f'\n"""\n{text}"""')))
+
+
+def _caused(error: BaseException, cause: BaseException) -> BaseException:
+    # Not by assignment, which an exception may refuse: one that is a frozen dataclass, say.
+    object.__setattr__(error, "__cause__", cause)
     return error
 
 
@@ -1352,33 +1399,40 @@ def _opened(data: bytes | None, rest: Any, name: str, count: int) -> Reply:
     try:
         reply = rest if data is None else pickle.loads(data, buffers=rest)
     except BaseException as error:
-        failure = _broken(f"The result of {name} could not be unpickled: {error!r}")
-        failure.__cause__ = error
-        return [], failure, count, 0.0
+        return [], _broken(f"The result of {name} could not be unpickled", error), count, 0.0
     values, packed, begun, seconds = reply
     return values, _unpack(packed, name, begun), begun, seconds
 
 
-def _broken(message: str) -> BaseException:
+def _broken(message: str, cause: BaseException | None = None) -> BaseException:
     from concurrent.futures.process import BrokenProcessPool  # brings in multiprocessing
 
-    return BrokenProcessPool(message)
+    if cause is None:
+        return BrokenProcessPool(message)
+    return _caused(BrokenProcessPool(f"{message}: {_said(cause)}"), cause)
 
 
 def _unpicklable(name: str, reason: BaseException) -> BaseException:
     if not isinstance(reason, Exception):
         return reason
-    error = pickle.PicklingError(
-        f"Could not pickle the call of {name}, or its arguments: {reason!r}"
-    )
-    error.__cause__ = reason
-    return error
+    message = f"Could not pickle the call of {name}, or its arguments: {_said(reason)}"
+    return _caused(pickle.PicklingError(message), reason)
+
+
+def _said(error: BaseException) -> str:
+    """Type and message of an exception, even of one whose __str__ fails."""
+    import traceback
+
+    return traceback.format_exception_only(type(error), error)[-1].strip()
 
 
 def _name(work: _Work) -> str:
     """What to call a task in an error."""
     fn = work.call[0] if work.call else work
-    return str(getattr(fn, "__qualname__", None) or f"a {type(fn).__name__}")
+    try:
+        return str(cast("Any", fn).__qualname__)
+    except Exception:
+        return f"a {type(fn).__name__}"
 
 
 def _required(package: str) -> ModuleType:
@@ -1399,11 +1453,21 @@ def _required(package: str) -> ModuleType:
 class _InlineEngine(_Engine):
     """Runs a task in the thread that submits it, or in the one that makes room for it."""
 
-    limit = 1
+    def __init__(self) -> None:
+        self.depths: collections.Counter[int] = collections.Counter()  # of tasks in each thread
+
+    def limit(self, max_workers: int) -> int:
+        # One; but a task that submits another one, and waits for it, must not wait for ever.
+        return 1 + self.depths[threading.get_ident()]
 
     def start(self, work: _Work, done: Callable[[_Work, Reply], None]) -> Reply | None:
         assert work.call is not None
-        reply = cast("Reply", _run(*work.call))
+        thread = threading.get_ident()
+        self.depths[thread] += 1
+        try:
+            reply = cast("Reply", _run(*work.call))
+        finally:
+            self.depths[thread] -= 1
         if isinstance(reply[1], KeyboardInterrupt):
             raise reply[1]  # the user's Ctrl-C hit the task; it was meant for the program
         return reply
@@ -1475,6 +1539,10 @@ class _LokyWorker:
     can't be told from what runs. Here a process's death costs the task it ran, no other.
     """
 
+    alive: ClassVar[weakref.WeakSet[_LokyWorker]] = weakref.WeakSet()
+    spawning: ClassVar[set[Any]] = set()
+    """The far ends of connections to processes that are being started."""
+
     def __init__(self, env: dict[str, str], home: list[_LokyWorker]) -> None:
         self.env = env
         self.home = home  # the list of idle workers where it stands when it has no task
@@ -1487,6 +1555,7 @@ class _LokyWorker:
         self.lifeline: Any = None
         self.work: _Work | None = None
         self.crashed = False
+        self.alive.add(self)
         threading.Thread(target=self._live, name="parallel_backend worker", daemon=True).start()
 
     def _live(self) -> None:
@@ -1505,18 +1574,24 @@ class _LokyWorker:
             if order is None:
                 break
             work, done = order
-            reply = self._execute(work)
+            try:
+                reply = self._execute(work)
+            except BaseException as error:  # of ours; a thread that ends would leave all waiting
+                reply = [], error, 1, 0.0
             done(self, work, reply)
             del order, work, done, reply  # not to be held while waiting
         self.kill()
 
     def _execute(self, work: _Work) -> Reply:
-        assert work.call is not None
-        name, count = _name(work), len(work.call[1])
+        call = work.call
+        if call is None:
+            return [], CancelledError(), 1, 0.0  # finished already, by a Ctrl-C in start()
+        name, count = _name(work), len(call[1])
         try:
-            message = _dumps(work.call)
+            message = _dumps(call)
         except BaseException as error:
             return [], _unpicklable(name, error), 0, 0.0
+        del call
         with self.lock:
             if work.stopped:
                 return [], CancelledError(), count, 0.0
@@ -1535,6 +1610,8 @@ class _LokyWorker:
         finally:
             with self.lock:
                 self.work = None
+            if work.stopped:
+                self.kill()  # the signal may be on its way, and must not hit the next task
         return _opened(reply, (), name, count)
 
     def _spawn(self, work: _Work) -> None:
@@ -1545,6 +1622,7 @@ class _LokyWorker:
         context = _required("joblib.externals.loky.backend").get_context("loky")
         ours, theirs = Pipe()
         watched, self.lifeline = Pipe(duplex=False)  # its end tells the process of ours
+        self.spawning.add(theirs)
         try:
             process = context.Process(
                 target=_serve, args=(theirs, os.getpid(), watched), env=self.env
@@ -1554,6 +1632,7 @@ class _LokyWorker:
             ours.close()
             raise
         finally:
+            self.spawning.discard(theirs)
             theirs.close()
             watched.close()
         self.connection = ours
@@ -1603,8 +1682,9 @@ def _kill(process: Any) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
         return
-    with contextlib.suppress(ProcessLookupError):  # no group: it has just started, or just ended
-        os.kill(process.pid, signal.SIGKILL)
+    if process.exitcode is None:  # it has no group yet
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
 
 
 class _LokyEngine(_Engine):
@@ -1619,13 +1699,16 @@ class _LokyEngine(_Engine):
         # What a new process would inherit: only for whom it is the same may a warm one do.
         self.shape = (*env.items(), *sys.path, *os.environ.items(), os.path.abspath("."))
         self.idle: list[_LokyWorker] = []
+        self.here: dict[int, _LokyWorker] = {}
+        """By its thread, a worker whose task's callbacks run: only that thread has use for it."""
         self.busy: dict[_Work, _LokyWorker] = {}
-        self.crashed = False
-        atexit.unregister(_kill_parked)
-        atexit.register(_kill_parked)
+        self.clean = True  # no worker has crashed
+        self.closed = False
+        atexit.unregister(_kill_workers)
+        atexit.register(_kill_workers)
 
     def start(self, work: _Work, done: Callable[[_Work, Reply], None]) -> Reply | None:
-        worker = None
+        worker = self.here.pop(threading.get_ident(), None)
         for idle in (self.idle, self.parked.get(self.shape, [])):
             with contextlib.suppress(IndexError):
                 worker = worker or idle.pop()
@@ -1634,10 +1717,14 @@ class _LokyEngine(_Engine):
 
         def finished(worker: _LokyWorker, work: _Work, reply: Reply) -> None:
             del self.busy[work]
-            self.crashed |= worker.crashed
+            self.clean &= not worker.crashed
             worker.home = self.idle
-            self.idle.append(worker)
+            self.here[threading.get_ident()] = worker
             done(work, reply)
+            if self.here.pop(threading.get_ident(), None) is not None:
+                self.idle.append(worker)
+                if self.closed:  # meanwhile, so without this worker
+                    self.close(self.clean)
 
         worker.inbox.put((work, finished))
         return None
@@ -1647,10 +1734,15 @@ class _LokyEngine(_Engine):
             worker.stop(work)
 
     def close(self, clean: bool) -> None:
+        self.clean &= clean
+        self.closed = True
         home = self.parked.setdefault(self.shape, [])
-        while self.idle:
-            worker = self.idle.pop()
-            if clean and not self.crashed:
+        while True:
+            try:
+                worker = self.idle.pop() if self.idle else self.here.popitem()[1]
+            except (IndexError, KeyError):
+                break  # that was all; a worker may also have left by itself, for it was idle
+            if self.clean:
                 worker.home = home
                 home.append(worker)
             else:
@@ -1658,17 +1750,24 @@ class _LokyEngine(_Engine):
                 worker.inbox.put(None)
 
 
-def _kill_parked() -> None:
+def _kill_workers() -> None:
     """At exit, for which a script does not wait; and in tests."""
-    for workers in list(_LokyEngine.parked.values()):
-        while workers:
-            worker = workers.pop()
-            worker.kill()
-            worker.inbox.put(None)
+    _LokyEngine.parked.clear()
+    for worker in list(_LokyWorker.alive):
+        worker.kill()
+        worker.inbox.put(None)
+
+
+def _forget_workers() -> None:
+    """In a forked child: they are the parent's."""
+    _LokyEngine.parked.clear()
+    _LokyWorker.alive.clear()
+    for connection in _LokyWorker.spawning:
+        connection.close()  # or the parent would not see the worker's end while this child lives
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_LokyEngine.parked.clear)
+    os.register_at_fork(after_in_child=_forget_workers)
 
 
 @functools.cache
@@ -1893,12 +1992,14 @@ class _RayEngine(_Engine):
     BATCH = 16  # short tasks that are awaited together
 
     def __init__(self, ray: Any, remote: Any, workers: int, bounded: bool, reraise: bool) -> None:
+        if reraise:
+            self.chunk_seconds = 0.0  # what fails is Ray's to run again, but nothing else with it
         self.ray = ray
         self.remote = remote
         self.workers = workers
         self.early = max(4 * self.BATCH, workers) if bounded else 0
         self.reraise = reraise
-        self.session = ray.get_runtime_context().get_job_id()
+        self.session = self._session()
         self.refs: dict[_Work, Any] = {}
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._live, name="parallel_backend ray", daemon=True).start()
@@ -1912,6 +2013,8 @@ class _RayEngine(_Engine):
             if not any(isinstance(value, self.ray.ObjectRef) for value in args):
                 args = ()  # in one piece: half the time
         sent = ([], {}) if args else (items, kwargs)
+        if not self.ray.is_initialized():
+            return [], self.lost(), 1, 0.0  # or Ray would start a cluster of its own
         try:
             ref = self.remote.remote((fn, *sent, list(kwargs), budget, self.reraise), *args)
         except self.ray.exceptions.RayError:
@@ -1953,7 +2056,10 @@ class _RayEngine(_Engine):
             if ref in late:
                 self._watch(work, ref, done)  # not that short
                 continue
-            reply = self._reply(work, ready.pop(ref) if future is None else future.result)
+            try:
+                reply = self._reply(work, ready.pop(ref) if future is None else future.result)
+            except BaseException as error:  # of ours; a thread that ends would leave all waiting
+                reply = [], error, 1, 0.0
             self.refs.pop(work, None)
             done(work, reply)
 
@@ -1992,17 +2098,20 @@ class _RayEngine(_Engine):
             return [], error, count, 0.0
 
     def stop(self, work: _Work) -> None:
-        if (ref := self.refs.get(work)) is not None:
+        if (ref := self.refs.get(work)) is not None and self.lost() is None:
             self.ray.cancel(ref, force=True)
 
     def close(self, clean: bool) -> None:
         self.inbox.put(None)
 
+    def _session(self) -> tuple[str, str]:
+        context = self.ray.get_runtime_context()
+        return context.gcs_address, context.get_job_id()
+
     def lost(self) -> BaseException | None:
-        ray = self.ray
-        if ray.is_initialized() and ray.get_runtime_context().get_job_id() == self.session:
+        if self.ray.is_initialized() and self._session() == self.session:
             return None
-        return _broken("Ray was shut down while tasks ran")
+        return _broken("Ray was shut down while this executor lived")
 
 
 def _ray_cause(error: Any) -> BaseException:
