@@ -43,6 +43,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 import weakref
 from concurrent.futures import CancelledError, Executor, Future, as_completed
@@ -1210,20 +1211,17 @@ if hasattr(os, "register_at_fork"):
 
 
 def _worker_functions() -> tuple[Callable[..., Any], ...]:
-    """(run, pack, seal, serve): they are defined in here so that cloudpickle sends them by value.
+    """(run, said, pack, seal, serve): defined in here so that cloudpickle sends them by value.
 
-    A worker need not be able to import this file: they use nothing of it.
+    A worker need not be able to import this file. They use nothing of it but the names of the
+    standard library's modules, which cloudpickle sends as such.
     """
 
-    def run(
-        fn: Callable[..., Any], items: list[tuple[Any, ...]], kwargs: dict[str, Any], budget: float
-    ) -> Reply:
+    def run(fn: Callable[..., Any], items: Items, kwargs: dict[str, Any], budget: float) -> Reply:
         """Call ``fn`` for each item, until one fails or ``budget`` seconds are over."""
-        from time import perf_counter
-
         values: list[Any] = []
         error = None
-        started = perf_counter()
+        started = time.perf_counter()
         for args in items:
             try:
                 values.append(fn(*args, **kwargs))
@@ -1232,20 +1230,19 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
                 tb = raised.__traceback__
                 error = raised.with_traceback(tb and tb.tb_next)
                 break
-            if perf_counter() - started > budget:
+            if time.perf_counter() - started > budget:
                 break
         try:
-            return values, error, len(values) + (error is not None), perf_counter() - started
+            return values, error, len(values) + (error is not None), time.perf_counter() - started
         finally:
             del error  # or it and this frame hold each other
 
-    def pack(
-        error: BaseException | None, dumps: Callable[[Any], bytes]
-    ) -> tuple[bytes, str] | None:
-        """An exception and its traceback, so that it can't fail to be pickled."""
-        import pickle
-        import traceback
+    def said(error: BaseException) -> str:
+        """Type and message of an exception, even of one whose __str__ fails."""
+        return traceback.format_exception_only(type(error), error)[-1].strip()
 
+    def pack(error: BaseException | None, dumps: Callable[..., bytes]) -> tuple[bytes, str] | None:
+        """An exception and its traceback, so that it can't fail to be pickled."""
         if error is None:
             return None
         try:
@@ -1256,21 +1253,16 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
             return dumps(error), text
         except Exception as reason:
             what = f"Could not pickle the exception that a task raised, {type(error).__name__}"
-            why = traceback.format_exception_only(type(reason), reason)[-1].strip()
-            return pickle.dumps(pickle.PicklingError(f"{what}: {why}")), text
+            return pickle.dumps(pickle.PicklingError(f"{what}: {said(reason)}")), text
 
     def seal(reply: Reply, dumps: Callable[..., bytes], buffers: list[Any] | None = None) -> bytes:
         """The pickle of a reply, or else of the failure to pickle it; its buffers go to a list."""
-        import pickle
-        import traceback
-
-        options: dict[str, Any] = {}
+        out_of_band: dict[str, Any] = {}
         if buffers is not None:
-            options = {"protocol": 5, "buffer_callback": buffers.append}
-
+            out_of_band = {"protocol": 5, "buffer_callback": buffers.append}
         values, error, begun, seconds = reply
         try:
-            return dumps((values, pack(error, dumps), begun, seconds), **options)
+            return dumps((values, pack(error, dumps), begun, seconds), **out_of_band)
         except BaseException as raised:
             reason = raised
         # The first result that can't be pickled fails. Those after it are never asked for.
@@ -1284,32 +1276,23 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
             good += 1
         error = reason
         if isinstance(reason, Exception):
-            kind = type(values[good]).__name__ if values else "None"
-            why = traceback.format_exception_only(type(reason), reason)[-1].strip()
-            error = pickle.PicklingError(f"Could not pickle the result of a task, {kind}: {why}")
+            what = f"Could not pickle the result of a task, {type(values[good]).__name__}"
+            error = pickle.PicklingError(f"{what}: {said(reason)}")
             error.with_traceback(reason.__traceback__)
         if buffers is not None:
             buffers.clear()
-        return dumps((values[:good], pack(error, dumps), begun, seconds), **options)
+        return dumps((values[:good], pack(error, dumps), begun, seconds), **out_of_band)
 
     def serve(connection: Any, parent: int, lifeline: Any) -> None:
         """The life of a worker process: read a call, run it, write its reply."""
         import faulthandler
-        import functools
-        import importlib
         import multiprocessing
-        import os
-        import pickle
-        import signal
-        import sys
-        import threading
 
         try:
             cloudpickle = importlib.import_module("joblib.externals.cloudpickle")
         except ImportError:
             cloudpickle = importlib.import_module("cloudpickle")  # since joblib 1.6
-
-        dumps: Callable[[Any], bytes] = functools.partial(cloudpickle.dumps, protocol=5)
+        dumps: Callable[..., bytes] = functools.partial(cloudpickle.dumps, protocol=5)
         if sys.platform != "win32":
             # A group of its own: the terminal's Ctrl-C is for the parent alone, and what a task
             # has started is killed together with it.
@@ -1363,10 +1346,10 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
             connection.send_bytes(message)
             del message
 
-    return run, pack, seal, serve
+    return run, said, pack, seal, serve
 
 
-_run, _pack, _seal, _serve = _worker_functions()
+_run, _said, _pack, _seal, _serve = _worker_functions()
 
 
 def _unpack(packed: tuple[bytes, str] | None, name: str, begun: int) -> BaseException | None:
@@ -1417,13 +1400,6 @@ def _unpicklable(name: str, reason: BaseException) -> BaseException:
         return reason
     message = f"Could not pickle the call of {name}, or its arguments: {_said(reason)}"
     return _caused(pickle.PicklingError(message), reason)
-
-
-def _said(error: BaseException) -> str:
-    """Type and message of an exception, even of one whose __str__ fails."""
-    import traceback
-
-    return traceback.format_exception_only(type(error), error)[-1].strip()
 
 
 def _name(work: _Work) -> str:
@@ -1855,8 +1831,6 @@ def _make_map_file() -> Callable[[str, list[tuple[int, int]]], Any]:
         """Load an object from a file of :class:`_Shared`; runs in workers, so sent by value."""
         import mmap
         import multiprocessing
-        import os
-        import pickle
 
         maps = getattr(multiprocessing.current_process(), "parallel_backend_maps", {})
         for gone in [other for other in maps if not os.path.exists(other)]:
@@ -1927,8 +1901,6 @@ def _ray_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
     def work(spec: Any, *args: Any) -> tuple[bytes | None, Any]:
         """Run a task or a chunk. Ray sees a task's arguments one by one if there are handles
         among them, to wait for those and to send what is behind them."""
-        import importlib
-
         ray = importlib.import_module("ray")
         dumps = ray.cloudpickle.dumps
         fn, items, kwargs, names, budget, reraise = spec
