@@ -420,9 +420,6 @@ class ParallelBackend(abc.ABC):
       :meth:`_cpus` where its CPUs are not this process's. Without, objects travel with each task,
       and handles are futures of a background executor, whose tasks always run to their end.
 
-    Args:
-        config: deprecated since 0.9.0: a :class:`ParallelConfig`.
-
     Raises:
         ImportError: if a package that the backend needs is not installed.
         ValueError: from the ``class`` statement, if another class has that ``backend_name``.
@@ -952,8 +949,9 @@ class _Core:
                         break
                     reply = self.engine.start(work, self.feed)
                 except BaseException as error:
-                    if work is not None:
-                        self.finish(work, ([], error, 0, 0.0))
+                    if work is None:
+                        raise
+                    self.finish(work, ([], error, 0, 0.0))
                     if not isinstance(error, Exception):
                         raise  # Ctrl-C
         finally:
@@ -1874,7 +1872,13 @@ class JoblibParallelBackend(_EngineBackend, backend_name="joblib"):
     @classmethod
     def _active(cls) -> tuple[Any, int | None]:
         """joblib's backend and n_jobs, as joblib.parallel_config() may have set them."""
-        return cast("tuple[Any, int | None]", _required("joblib.parallel").get_active_backend())
+        parallel = _required("joblib.parallel")
+        backend, jobs = parallel.get_active_backend()
+        # Before joblib 1.3, it says 1 where nobody has said anything; a private name tells.
+        old = hasattr(parallel, "DEFAULT_N_JOBS")
+        if old and not getattr(getattr(parallel, "_backend", None), "backend_and_jobs", None):
+            jobs = None
+        return backend, jobs
 
     @classmethod
     def _cpus(cls) -> tuple[int, int | None]:
@@ -1972,6 +1976,7 @@ class _RayEngine(_Engine):
         self.early = max(4 * self.BATCH, workers) if bounded else 0
         self.reraise = reraise
         self.session = self._session()
+        _broken("")  # brings in modules that can't be imported any more when the interpreter exits
         self.refs: dict[_Work, Any] = {}
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._live, name="parallel_backend ray", daemon=True).start()
