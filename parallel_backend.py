@@ -689,9 +689,7 @@ Reply = tuple[list[Any], "BaseException | None", int, float]
 items were begun (0 with a failure: nothing was run, for what was sent could not be read), and
 seconds that they took in the worker."""
 
-FLOOR_SECONDS = (
-    0.002  # how long a chunk takes at least, even where its share of what is left is less
-)
+FLOOR_SECONDS = 0.0005  # how long a chunk takes at least, whatever its share of what is left
 AHEAD_SECONDS = 0.05  # how much work may wait at an engine that wants its tasks early
 
 
