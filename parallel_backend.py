@@ -689,7 +689,6 @@ Reply = tuple[list[Any], "BaseException | None", int, float]
 items were begun (0 with a failure: nothing was run, for what was sent could not be read), and
 seconds that they took in the worker."""
 
-FLOOR_SECONDS = 0.0005  # how long a chunk takes at least, whatever its share of what is left
 AHEAD_SECONDS = 0.05  # how much work may wait at an engine that wants its tasks early
 
 
@@ -801,9 +800,10 @@ class _Mapping:
         size = self.chunksize or 1
         if self.chunksize is None and self.seconds is not None:
             each = max(self.seconds, 1e-7)
-            # A quarter of a worker's share: so what turns out longer than expected is spread.
-            share = max(left / (4 * workers), FLOOR_SECONDS / each)
-            size = max(int(min(share, self.core.engine.chunk_seconds / each)), 1)
+            # A quarter of a worker's share, so that what turns out longer than expected is spread;
+            # but not so few that the overhead counts, nor more than need be for it not to.
+            target = self.core.engine.chunk_seconds
+            size = max(int(min(max(left / (4 * workers), target / 60 / each), target / each)), 1)
         if self.returned:
             self.returned.sort(key=lambda entry: entry[0])
             start, items, alone = self.returned.pop(0)
