@@ -411,15 +411,18 @@ def test_map_with_buffersize_raises_what_the_iterable_raises(backend: pb.Paralle
 
 
 def test_abandoned_map_cancels_what_waits(engine: pb.ParallelBackend, tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
     with engine.executor(1, cancel_futures=False) as executor:
-        results = executor.map(gated, [tmp_path] * 3, "abc", "abc", chunksize=1)
-        has_started(tmp_path, "a")
-        thread = threading.Timer(0.05, open_gate, [tmp_path])
-        thread.start()
+        results = executor.map(gated, folders, "abc", "abc", chunksize=1)
+        open_gate(folders[0])
         assert next(results) == "a"
+        has_started(folders[1], "b")
         results.close()  # type: ignore[attr-defined]
-        thread.join()
-    assert not (tmp_path / "c.started").exists()
+        open_gate(folders[1])
+        open_gate(folders[2])
+    assert not (folders[2] / "c.started").exists()
 
 
 def test_chunks_grow_with_short_items_and_stay_small_with_long_ones(
