@@ -903,13 +903,13 @@ class _Core:
         with self.lock:
             if self.shut:
                 raise RuntimeError("cannot schedule new futures after shutdown")
-            if isinstance(new, _Mapping):
-                new.items.extend(items or ())
-                queued, new.queued = new.queued, True
-            else:
-                queued = False
-            if not queued:
+            if not isinstance(new, _Mapping):
                 self.pending.append(new)
+            else:
+                new.items.extend(items or ())
+                if not new.queued:
+                    self.pending.append(new)
+                    new.queued = True
             room = self.engine.limit(self.max_workers) + self.engine.early
             is_room = len(self.running) < room
         if is_room:
@@ -1345,13 +1345,11 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
     return run, said, pack, seal, serve
 
 
-_run, _said, _pack, _seal, _serve = _worker_functions()
+_run, _said, _, _seal, _serve = _worker_functions()
 
 
 def _unpack(packed: tuple[bytes, str] | None, name: str, begun: int) -> BaseException | None:
     """The exception that a worker has packed, with the worker's traceback as its cause."""
-    from concurrent.futures.process import _RemoteTraceback  # private, but what users' tools know
-
     if packed is None:
         return None
     blob, text = packed
@@ -1364,6 +1362,13 @@ def _unpack(packed: tuple[bytes, str] | None, name: str, begun: int) -> BaseExce
     else:
         if not begun:
             error = _broken(f"The worker could not unpickle the call of {name}", error)
+    return _traced(error, text)
+
+
+def _traced(error: BaseException, text: str) -> BaseException:
+    """An exception with the worker's traceback as its cause."""
+    from concurrent.futures.process import _RemoteTraceback  # private, but what users' tools know
+
     return _caused(error, _RemoteTraceback(cast("Any", f'\n"""\n{text}"""')))
 
 
@@ -2062,13 +2067,11 @@ class _RayEngine(_Engine):
             # Not from the task, whose exceptions come as values, but from around it.
             if isinstance(error.cause, errors.RaySystemError):
                 failure = _broken(f"The worker could not unpickle the call of {name}")
-                failure.__cause__ = error
-                return [], failure, 0, 0.0
+                return [], _caused(failure, error), 0, 0.0
             return [], _ray_cause(error), count, 0.0
         except (errors.RaySystemError, *_ray_losses(errors)) as error:
             failure = _broken(f"Ray lost {name}, or its result: {error}")
-            failure.__cause__ = error
-            return [], failure, count, 0.0
+            return [], _caused(failure, error), count, 0.0
         except BaseException as error:
             return [], error, count, 0.0
 
@@ -2091,14 +2094,11 @@ class _RayEngine(_Engine):
 
 def _ray_cause(error: Any) -> BaseException:
     """The exception inside a RayTaskError, with the worker's traceback as its cause."""
-    from concurrent.futures.process import _RemoteTraceback
-
     cause = error.cause
     if not isinstance(cause, BaseException):
         return cast("BaseException", error)
     # Its text and not its traceback_str: what is raised as the task's own type too, has none.
-    cause.__cause__ = _RemoteTraceback(cast("Any", f'\n"""\n{error}"""'))
-    return cause
+    return _traced(cause, str(error))
 
 
 def _ray_losses(errors: ModuleType) -> list[type[BaseException]]:

@@ -1117,10 +1117,7 @@ def test_five_killed_workers_in_300_tasks(request: pytest.FixtureRequest, tmp_pa
         futures = [executor.submit(work, n) for n in range(300)]
         for kill in range(1, 6):
             wait(futures[: 50 * kill], LONG)  # spread over the run
-            until(lambda: any(map(is_alive, pids_in(tmp_path) - killed)))
-            victim = next(pid for pid in pids_in(tmp_path) - killed if is_alive(pid))
-            os.kill(victim, signal.SIGKILL)
-            killed.add(victim)
+            kill_a_worker(tmp_path, killed)
         errors = [future.exception(LONG) for future in futures]
         assert executor.submit(identity, "goes on").result(LONG) == "goes on"
     lost = [error for error in errors if error is not None]
@@ -1134,8 +1131,17 @@ def test_five_killed_workers_in_300_tasks(request: pytest.FixtureRequest, tmp_pa
     assert len(runs) == len(set(runs)), "a task ran twice"
 
 
-def pids_in(folder: Path) -> set[int]:
-    return {int(path.name[3:]) for path in folder.glob("pid*")}
+def kill_a_worker(folder: Path, killed: set[int]) -> None:
+    """SIGKILL to one of the workers that have left their ids in the folder, and note it."""
+
+    def alive() -> list[int]:
+        pids = {int(path.name[3:]) for path in folder.glob("pid*")}
+        return [pid for pid in pids - killed if is_alive(pid)]
+
+    until(alive)
+    victim = alive()[0]
+    os.kill(victim, signal.SIGKILL)
+    killed.add(victim)
 
 
 def test_ray_retries_what_killed_workers_ran(
@@ -1151,10 +1157,7 @@ def test_ray_retries_what_killed_workers_ran(
         futures = [executor.submit(work, n) for n in range(100)]
         for kill in range(1, 4):
             wait(futures[: 20 * kill], LONG)
-            until(lambda: any(map(is_alive, pids_in(tmp_path) - killed)))
-            victim = next(pid for pid in pids_in(tmp_path) - killed if is_alive(pid))
-            os.kill(victim, signal.SIGKILL)
-            killed.add(victim)
+            kill_a_worker(tmp_path, killed)
         assert [future.result(LONG) for future in futures] == list(range(100))
 
 
