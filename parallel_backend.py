@@ -1510,7 +1510,7 @@ _THREAD_VARIABLES = (
 
 
 class _LokyWorker:
-    """A thread of ours and the loky process that it drives.
+    """A loky process and the thread of ours that drives it.
 
     loky's own executor is not used: one dead worker breaks all of it, and what waits inside it
     can't be told from what runs. Here a process's death costs the task it ran, no other.
@@ -1520,12 +1520,11 @@ class _LokyWorker:
     spawning: ClassVar[set[Any]] = set()
     """The far ends of connections to processes that are being started."""
 
-    def __init__(self, env: dict[str, str], home: list[_LokyWorker]) -> None:
+    def __init__(self, env: dict[str, str], shape: tuple[str, ...]) -> None:
         self.env = env
-        self.home = home  # the list of idle workers where it stands when it has no task
-        self.inbox: queue.SimpleQueue[tuple[_Work, Callable[..., None]] | None] = (
-            queue.SimpleQueue()
-        )
+        self.shape = shape
+        self.engines: queue.SimpleQueue[_LokyEngine | None] = queue.SimpleQueue()
+        """Whom to work for next; None: no more."""
         self.lock = threading.Lock()  # guards process and work: only what runs work may be killed
         self.process: Any = None
         self.connection: Any = None
@@ -1541,23 +1540,37 @@ class _LokyWorker:
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         while True:
             try:
-                order = self.inbox.get(timeout=IDLE_SECONDS)
+                engine = self.engines.get(timeout=IDLE_SECONDS)
             except queue.Empty:
                 try:
-                    self.home.remove(self)  # atomic, as is the pop() of who takes a worker
+                    _LokyEngine.parked.remove(self)  # atomic
                 except ValueError:
-                    continue  # somebody just has: an order is on its way
+                    continue  # an engine has just taken it
                 break
-            if order is None:
+            if engine is None:
                 break
-            work, done = order
-            try:
-                reply = self._execute(work)
-            except BaseException as error:  # of ours; a thread that ends would leave all waiting
-                reply = [], error, 1, 0.0
-            done(self, work, reply)
-            del order, work, done, reply  # not to be held while waiting
+            while self._serve(engine):
+                pass
+            del engine  # not to be held while waiting
         self.kill()
+
+    def _serve(self, engine: _LokyEngine) -> bool:
+        """Run one task of the engine; whether there may be another."""
+        try:
+            order = engine.orders.get(timeout=IDLE_SECONDS if self.process else None)
+        except queue.Empty:
+            self.kill()
+            return True
+        if order is None:
+            return False
+        work, done = order
+        try:
+            reply = self._execute(work)
+        except BaseException as error:  # of ours; a thread that ends would leave all waiting
+            reply = [], error, 1, 0.0
+        done(work, reply)
+        engine.give_back_place()
+        return True
 
     def _execute(self, work: _Work) -> Reply:
         call = work.call
@@ -1665,66 +1678,62 @@ def _kill(process: Any) -> None:
 
 
 class _LokyEngine(_Engine):
-    """Keeps a worker for each task that runs, and those without a task for the next."""
+    """Puts tasks into a queue, from which its workers take them."""
 
     stoppable = True
-    parked: ClassVar[dict[object, list[_LokyWorker]]] = {}
-    """Idle workers of executors that ended well, for the next one of the same shape."""
+    parked: ClassVar[list[_LokyWorker]] = []
+    """Warm workers of executors that ended well, for the next one of the same shape."""
 
-    def __init__(self, env: dict[str, str]) -> None:
+    def __init__(self, max_workers: int, env: dict[str, str]) -> None:
+        self.max_workers = max_workers
         self.env = env
         # What a new process would inherit: only for whom it is the same may a warm one do.
-        self.shape = (*env.items(), *sys.path, *os.environ.items(), os.path.abspath("."))
-        self.idle: list[_LokyWorker] = []
-        self.here: dict[int, _LokyWorker] = {}
-        """By its thread, a worker whose task's callbacks run: only that thread has use for it."""
-        self.busy: dict[_Work, _LokyWorker] = {}
-        self.clean = True  # no worker has crashed
-        self.closed = False
+        variables = (f"{name}={value}" for name, value in {**os.environ, **env}.items())
+        self.shape = (os.path.abspath("."), *sys.path, *variables)
+        self.lock = threading.Lock()  # guards workers and taken
+        self.workers: list[_LokyWorker] = []
+        self.taken = 0  # how many of them have a task, or will; or still run its callbacks
+        self.orders: queue.SimpleQueue[tuple[_Work, Callable[..., None]] | None] = (
+            queue.SimpleQueue()
+        )
         atexit.unregister(_kill_workers)
         atexit.register(_kill_workers)
 
     def start(self, work: _Work, done: Callable[[_Work, Reply], None]) -> Reply | None:
-        worker = self.here.pop(threading.get_ident(), None)
-        for idle in (self.idle, self.parked.get(self.shape, [])):
-            with contextlib.suppress(IndexError):
-                worker = worker or idle.pop()
-        worker = worker or _LokyWorker(self.env, self.idle)
-        self.busy[work] = worker
-
-        def finished(worker: _LokyWorker, work: _Work, reply: Reply) -> None:
-            del self.busy[work]
-            self.clean &= not worker.crashed
-            worker.home = self.idle
-            self.here[threading.get_ident()] = worker
-            done(work, reply)
-            if self.here.pop(threading.get_ident(), None) is not None:
-                self.idle.append(worker)
-                if self.closed:  # meanwhile, so without this worker
-                    self.close(self.clean)
-
-        worker.inbox.put((work, finished))
+        with self.lock:
+            if len(self.workers) < min(self.taken + 1, self.max_workers):
+                worker = self.adopt() or _LokyWorker(self.env, self.shape)
+                self.workers.append(worker)
+                worker.engines.put(self)
+            self.taken += 1
+        self.orders.put((work, done))
         return None
 
+    def adopt(self) -> _LokyWorker | None:
+        for worker in self.parked[::-1]:
+            if worker.shape == self.shape:
+                with contextlib.suppress(ValueError):  # another engine, or its idle time, was first
+                    self.parked.remove(worker)
+                    return worker
+        return None
+
+    def give_back_place(self) -> None:
+        with self.lock:
+            self.taken -= 1
+
     def stop(self, work: _Work) -> None:
-        if (worker := self.busy.get(work)) is not None:
+        for worker in self.workers:
             worker.stop(work)
 
     def close(self, clean: bool) -> None:
-        self.clean &= clean
-        self.closed = True
-        home = self.parked.setdefault(self.shape, [])
-        while True:
-            try:
-                worker = self.idle.pop() if self.idle else self.here.popitem()[1]
-            except (IndexError, KeyError):
-                break  # that was all; a worker may also have left by itself, for it was idle
-            if self.clean:
-                worker.home = home
-                home.append(worker)
+        clean &= not any(worker.crashed for worker in self.workers)
+        for worker in self.workers:
+            self.orders.put(None)
+            if clean and worker.process is not None:
+                self.parked.append(worker)
             else:
                 worker.kill()
-                worker.inbox.put(None)
+                worker.engines.put(None)
 
 
 def _kill_workers() -> None:
@@ -1732,7 +1741,7 @@ def _kill_workers() -> None:
     _LokyEngine.parked.clear()
     for worker in list(_LokyWorker.alive):
         worker.kill()
-        worker.inbox.put(None)
+        worker.engines.put(None)
 
 
 def _forget_workers() -> None:
@@ -1870,7 +1879,7 @@ class JoblibParallelBackend(_EngineBackend, backend_name="joblib"):
         inner = getattr(cls._active()[0], "inner_max_num_threads", None)
         threads = str(inner or max(available_cpus() // workers, 1))
         names = (name for name in _THREAD_VARIABLES if inner or name not in os.environ)
-        return _LokyEngine(dict.fromkeys(names, threads))
+        return _LokyEngine(workers, dict.fromkeys(names, threads))
 
     @classmethod
     def _active(cls) -> tuple[Any, int | None]:

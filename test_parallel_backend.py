@@ -1771,7 +1771,7 @@ def test_idle_workers_end(request: pytest.FixtureRequest, monkeypatch: Any) -> N
         pids = pids_of(executor)
         until(lambda: not any(map(is_alive, pids)))
         assert not pids_of(executor) & pids
-    until(lambda: not any(pb._LokyEngine.parked.values()))
+    until(lambda: not pb._LokyEngine.parked)
 
 
 def test_forked_child_leaves_our_workers_alone(request: pytest.FixtureRequest) -> None:
