@@ -780,51 +780,39 @@ class _Mapping:
         self.seconds: float | None = None  # of an item, of late
         self.items: collections.deque[tuple[Any, ...]] = collections.deque()  # not in a chunk yet
         self.first = 0  # index of items[0]
-        self.returned: list[tuple[int, Items, bool]] = []
-        """What chunks have given back: (index, items, whether to send each alone)."""
         self.outcomes: dict[int, tuple[list[Any], BaseException | None]] = {}
         """By the index of its first item: the results, then what was raised."""
         self.changed = threading.Condition(core.lock)  # notified of outcomes
         self.queued = False  # stands among the core's pending
         self.abandoned = False  # nobody will ask for further results
 
-    def is_empty(self) -> bool:
-        return not self.items and not self.returned
+    def size(self, left: int) -> int:
+        """How many items a chunk shall have, of those that are left."""
+        if self.chunksize is not None or self.seconds is None:
+            return self.chunksize or 1
+        each = max(self.seconds, 1e-7)
+        # A quarter of a worker's share, so that what turns out longer than expected is spread;
+        # but not so few that the overhead counts, nor more than need be for it not to.
+        target = self.core.engine.chunk_seconds
+        share = left / (4 * self.core.max_workers)
+        return max(int(min(max(share, target / 60 / each), target / each)), 1)
 
-    def cut(self, workers: int) -> _Chunk | None:
-        """The next chunk, if there is one."""
+    def cut(self) -> _Chunk:
+        """The next chunk."""
         if self.abandoned:
             self.items.clear()
-            self.returned.clear()
-        left = len(self.items) + sum(len(items) for _, items, _ in self.returned)
-        size = self.chunksize or 1
-        if self.chunksize is None and self.seconds is not None:
-            each = max(self.seconds, 1e-7)
-            # A quarter of a worker's share, so that what turns out longer than expected is spread;
-            # but not so few that the overhead counts, nor more than need be for it not to.
-            target = self.core.engine.chunk_seconds
-            size = max(int(min(max(left / (4 * workers), target / 60 / each), target / each)), 1)
-        if self.returned:
-            self.returned.sort(key=lambda entry: entry[0])
-            start, items, alone = self.returned.pop(0)
-            chunk, rest = (items[:1], items[1:]) if alone else (items[:size], items[size:])
-            if rest:
-                self.returned.append((start + len(chunk), rest, alone))
-            return _Chunk(self, start, chunk)
-        if not self.items:
-            return None
-        chunk = [self.items.popleft() for _ in range(min(size, len(self.items)))]
-        self.first += len(chunk)
-        return _Chunk(self, self.first - len(chunk), chunk)
+        left = len(self.items)
+        start = self.first
+        items = [self.items.popleft() for _ in range(min(self.size(left), left))]
+        self.first += len(items)
+        return _Chunk(self, start, items)
 
     def cancel(self) -> None:
         """Cancel what is in no chunk."""
-        for start, _, _ in [*self.returned, (self.first, (), False)]:
-            self.outcomes[start] = ([], CancelledError())
-        self.returned.clear()
-        self.first += len(self.items)
-        self.items.clear()
-        self.changed.notify_all()
+        with self.changed:
+            self.outcomes[self.first] = ([], CancelledError())
+            self.items.clear()
+            self.changed.notify_all()
 
 
 class _Chunk:
@@ -841,7 +829,7 @@ class _Chunk:
         self.call: Call | None = (mapping.fn, items, {}, budget)
 
     def claim(self) -> bool:
-        return True
+        return not self.mapping.abandoned
 
     def complete(self, reply: Reply) -> None:
         assert self.call is not None
@@ -849,23 +837,31 @@ class _Chunk:
         items, self.call = self.call[1], None
         mapping = self.mapping
         with mapping.changed:
-            if begun == 0 and len(items) > 1:
-                # One of them can't be sent, or not be read: it alone shall fail.
-                mapping.core.give_back(mapping, self.start, items, alone=True)
-                return
+            size = 1
             if begun:
                 each = seconds / begun
                 mapping.seconds = each if mapping.seconds is None else (mapping.seconds + each) / 2
-            if begun and begun < len(items):
-                mapping.core.give_back(mapping, self.start + begun, items[begun:], alone=False)
-            mapping.outcomes[self.start] = (values, failure)
-            mapping.changed.notify_all()
+                size = mapping.size(len(items) - begun + len(mapping.items))
+            elif len(items) == 1:
+                begun = 1
+            # Otherwise one of them can't be sent, or not be read: it alone shall fail.
+            if begun:
+                mapping.outcomes[self.start] = (values, failure)
+                mapping.changed.notify_all()
+            mapping.core.give_back(
+                [
+                    _Chunk(mapping, self.start + n, items[n : n + size])
+                    for n in range(begun, len(items), size)
+                ]
+            )
 
-    def cancel_running(self) -> None:
+    def cancel(self) -> None:
         self.call = None
         with self.mapping.changed:
             self.mapping.outcomes[self.start] = ([], CancelledError())
             self.mapping.changed.notify_all()
+
+    cancel_running = cancel
 
 
 class _Core:
@@ -884,7 +880,7 @@ class _Core:
         # Reentrant: a reference dropped under it may be the last to an object whose __del__ submits.
         self.lock = threading.RLock()
         self.ended = threading.Condition(self.lock)  # notified when closed
-        self.pending: collections.deque[_Task | _Mapping] = collections.deque()
+        self.pending: collections.deque[_Work | _Mapping] = collections.deque()
         self.running: set[_Work] = set()
         self.short: tuple[weakref.ref[Any], float] | None = None
         """What was run last and the seconds that it takes, for an engine that takes tasks early."""
@@ -915,14 +911,13 @@ class _Core:
         if is_room:
             self.feed()
 
-    def give_back(self, mapping: _Mapping, start: int, items: Items, alone: bool) -> None:
-        """Take back items of a chunk that were not begun; under the lock."""
-        mapping.returned.append((start, items, alone))
-        if self.discard:
-            mapping.cancel()
-        elif not mapping.queued:
-            self.pending.appendleft(mapping)
-            mapping.queued = True
+    def give_back(self, chunks: list[_Chunk]) -> None:
+        """Take back what a chunk has not begun; under the lock."""
+        if not self.discard:
+            self.pending.extendleft(reversed(chunks))
+            return
+        for chunk in chunks:
+            chunk.cancel()
 
     def feed(self, work: _Work | None = None, reply: Reply | None = None) -> None:
         """Finish ``work``, if given, and hand the engine all that it has room for."""
@@ -964,20 +959,19 @@ class _Core:
             head = self.pending[0]
             if len(self.running) >= room + self.ahead(head):
                 break
-            work: _Work | None
             if isinstance(head, _Mapping):
-                work = head.cut(self.max_workers)
-                head.queued = not head.is_empty()
+                work: _Work = head.cut()
+                head.queued = bool(head.items)
             else:
                 work = head
             if not isinstance(head, _Mapping) or not head.queued:
                 self.pending.popleft()
-            if work is not None and work.claim():
+            if work.claim():
                 self.running.add(work)
                 return work
         return None
 
-    def ahead(self, head: _Task | _Mapping) -> int:
+    def ahead(self, head: _Work | _Mapping) -> int:
         """How many more than may run the engine may have of what is next; under the lock."""
         if not self.engine.early or self.short is None:
             return 0
@@ -1010,7 +1004,7 @@ class _Core:
 
     def shutdown(self, wait: bool = True, policy: CancellationPolicy | None = None) -> None:
         """End: apply the policy and, if ``wait``, stay until nothing runs any more."""
-        cancelled: collections.deque[_Task] = collections.deque()
+        cancelled: collections.deque[_Work | _Mapping] = collections.deque()
         stopped: list[_Work] = []
         with self.lock:
             if policy is None:  # the executor's own is applied once; to ask again is to wait
@@ -1018,11 +1012,7 @@ class _Core:
             self.shut = True
             if CancellationPolicy.PENDING in policy:
                 self.discard = True
-                for entry in self.pending:
-                    if isinstance(entry, _Mapping):
-                        entry.cancel()
-                    else:
-                        cancelled.append(entry)
+                cancelled.extend(self.pending)
                 self.pending.clear()
             if CancellationPolicy.RUNNING in policy and self.engine.stoppable and self.running:
                 self.clean = False

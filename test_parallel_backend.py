@@ -435,10 +435,9 @@ def test_chunks_grow_with_short_items_and_stay_small_with_long_ones(
         sizes: list[int] = []
         cut = pb._Mapping.cut
 
-        def spy(self: Any, workers: int) -> Any:
-            chunk = cut(self, workers)
-            if chunk is not None:
-                sizes.append(len(chunk.call[1]))
+        def spy(self: Any) -> Any:
+            chunk = cut(self)
+            sizes.append(len(chunk.call[1]))
             return chunk
 
         with pytest.MonkeyPatch.context() as patch:
