@@ -50,21 +50,12 @@ from concurrent.futures import CancelledError, Executor, Future, as_completed
 from concurrent.futures import TimeoutError as FutureTimeoutError  # not the builtin before 3.11
 from dataclasses import dataclass
 from itertools import islice, takewhile
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Generic,
-    Literal,
-    TypeAlias,
-    TypeVar,
-    cast,
-    overload,
-)
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, overload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from types import ModuleType
+    from typing import Generic, Literal, TypeAlias
 
 T = TypeVar("T")
 
@@ -416,7 +407,7 @@ class ParallelBackend(abc.ABC):
 
     - must provide :meth:`executor`, which returns any :class:`concurrent.futures.Executor`;
     - may override :meth:`put` with :meth:`_value` where its engine can hold an object for its
-      workers, :meth:`wrap` with :meth:`_future` where the engine has handles of its own, and
+      workers, :meth:`wrap` with :meth:`_futures` where the engine has handles of its own, and
       :meth:`_cpus` where its CPUs are not this process's. Without, objects travel with each task,
       and handles are futures of a background executor, whose tasks always run to their end.
 
@@ -445,8 +436,9 @@ class ParallelBackend(abc.ABC):
         ParallelBackend.BACKENDS[backend_name] = cls
 
     def __init__(self) -> None:
-        self._background: Executor | None = None
-        self._background_lock = threading.Lock()  # guards the creation of _background, no more
+        # By process, for what a forked child inherits is not its own.
+        self._background: dict[int, Executor] = {}
+        self._background_lock = threading.Lock()  # guards _background
 
     @classmethod
     @abc.abstractmethod
@@ -528,16 +520,21 @@ class ParallelBackend(abc.ABC):
 
         @functools.wraps(fun)
         def start(*args: Any, **kwargs: Any) -> Any:
-            with self._background_lock:
-                if self._background is None:
-                    self._background = self.executor(cancel_futures=CancellationPolicy.NONE)
             # What a handle stands for is an argument like any other: wait for it here, since
             # not every executor can.
-            args = tuple(self._value(v, None) if isinstance(v, Future) else v for v in args)
-            kwargs = {
-                k: self._value(v, None) if isinstance(v, Future) else v for k, v in kwargs.items()
-            }
-            return self._background.submit(fun, *args, **kwargs)
+            try:
+                args = tuple(v.result() if isinstance(v, Future) else v for v in args)
+                kwargs = {k: v.result() if isinstance(v, Future) else v for k, v in kwargs.items()}
+            except Exception as error:
+                failed: Future[Any] = Future()
+                failed.set_exception(error)
+                return failed
+            with self._background_lock:
+                background = self._background.get(os.getpid())
+                if background is None:
+                    background = self.executor(cancel_futures=CancellationPolicy.NONE)
+                    self._background = {os.getpid(): background}
+            return background.submit(fun, *args, **kwargs)
 
         return start
 
@@ -560,7 +557,7 @@ class ParallelBackend(abc.ABC):
         """
         if not 1 <= num_returns <= len(v):
             raise ValueError(f"num_returns must be from 1 to {len(v)}, the number of handles")
-        futures = [self._future(item) for item in v]
+        futures = self._futures(v)
         pending = {future for future in futures if future is not None and not future.done()}
         missing = num_returns - (len(futures) - sum(future in pending for future in futures))
         if missing > 0:
@@ -596,9 +593,9 @@ class ParallelBackend(abc.ABC):
         """All CPUs that the backend may use, and a bound on the number of jobs, if there is one."""
         return available_cpus(), None
 
-    def _future(self, handle: Any) -> Future[Any] | None:
-        """A future of what ``handle`` stands for; None if it is no handle, or done since ever."""
-        return handle if isinstance(handle, Future) else None
+    def _futures(self, handles: Sequence[Any]) -> list[Future[Any] | None]:
+        """For each, a future of what it stands for; None if it is no handle, or done already."""
+        return [handle if isinstance(handle, Future) else None for handle in handles]
 
     def _value(self, handle: Any, timeout: float | None) -> Any:
         """What ``handle`` stands for; itself if it is no handle. ``timeout`` is in seconds."""
@@ -610,6 +607,8 @@ class ParallelBackend(abc.ABC):
 
         A class and not an instance carries the bound because ``executor`` is a class method.
         """
+        if not isinstance(config, ParallelConfig):
+            raise TypeError(f"config must be a ParallelConfig, not {config!r}")
         metaclass: Any = type(cls)
         bounded = metaclass(cls.__name__, (cls,), {"_n_cpus_local": config.n_cpus_local})
         return cast("type[ParallelBackend]", bounded)
@@ -698,7 +697,9 @@ class _Engine(abc.ABC):
     stoppable = False
     """Whether :meth:`stop` can."""
     chunk_seconds = 0.03
-    """How long a chunk of a map's items should take, for its overhead not to count."""
+    """How long a chunk of a map's items should take, for its overhead not to count; 0: no chunks."""
+    inline = False
+    """Whether :meth:`start` runs the task itself."""
     early = 0
     """How many more than may run it takes while tasks are short, bounding them itself."""
 
@@ -712,12 +713,8 @@ class _Engine(abc.ABC):
     def stop(self, work: _Work) -> None:
         """Kill what runs ``work``, if it still does. Its reply comes as for any other."""
 
-    def close(self, clean: bool) -> None:
-        """Give back all resources; nothing runs any more.
-
-        Args:
-            clean: nothing was stopped: what is warm may serve another executor.
-        """
+    def close(self) -> None:
+        """Give back all resources; nothing runs any more."""
 
     def limit(self, max_workers: int) -> int:
         """How many tasks it runs at once, of those that were asked for."""
@@ -740,14 +737,15 @@ class _Task(Future[Any]):
     # _condition and _state are Future's, private but the same since Python 3.2.
 
     def cancel(self) -> bool:
-        if not super().cancel():
-            return False
-        self.call = None
-        with self._condition:
-            # Tell wait() and as_completed() at once, and not when a worker would be free for it.
-            if self._state == "CANCELLED":
-                self.set_running_or_notify_cancel()
-        return True
+        try:
+            return super().cancel()
+        finally:
+            with self._condition:  # also if a callback has left by sys.exit()
+                if self.cancelled():
+                    self.call = None
+                # Tell wait() and as_completed() now, and not when a worker would be free for it.
+                if self._state == "CANCELLED":
+                    self.set_running_or_notify_cancel()
 
     def claim(self) -> bool:
         with self._condition:  # cancel() must not come between the two
@@ -756,6 +754,8 @@ class _Task(Future[Any]):
     def complete(self, reply: Reply) -> None:
         values, failure, _, _ = reply
         self.call = None
+        if self.done():
+            return  # Ctrl-C came between this and what makes room for the next
         if failure is None:
             self.set_result(values[0])
         else:
@@ -778,22 +778,22 @@ class _Mapping:
         self.fn = fn
         self.chunksize = chunksize
         self.seconds: float | None = None  # of an item, of late
-        self.items: collections.deque[tuple[Any, ...]] = collections.deque()  # not in a chunk yet
+        self.items: collections.deque[tuple[Any, ...]] = collections.deque()
+        """Those in no chunk yet; while there are any, this stands among the core's pending."""
         self.first = 0  # index of items[0]
         self.outcomes: dict[int, tuple[list[Any], BaseException | None]] = {}
         """By the index of its first item: the results, then what was raised."""
         self.changed = threading.Condition(core.lock)  # notified of outcomes
-        self.queued = False  # stands among the core's pending
         self.abandoned = False  # nobody will ask for further results
 
     def size(self, left: int) -> int:
         """How many items a chunk shall have, of those that are left."""
-        if self.chunksize is not None or self.seconds is None:
-            return self.chunksize or 1
+        target = self.core.engine.chunk_seconds
+        if self.chunksize is not None or self.seconds is None or not target:
+            return self.chunksize if self.chunksize and target else 1
         each = max(self.seconds, 1e-7)
         # A quarter of a worker's share, so that what turns out longer than expected is spread;
         # but not so few that the overhead counts, nor more than need be for it not to.
-        target = self.core.engine.chunk_seconds
         share = left / (4 * self.core.max_workers)
         return max(int(min(max(share, target / 60 / each), target / each)), 1)
 
@@ -832,7 +832,8 @@ class _Chunk:
         return not self.mapping.abandoned
 
     def complete(self, reply: Reply) -> None:
-        assert self.call is not None
+        if self.call is None:
+            return  # as above
         values, failure, begun, seconds = reply
         items, self.call = self.call[1], None
         mapping = self.mapping
@@ -879,15 +880,15 @@ class _Core:
         self.policy = policy
         # Reentrant: a reference dropped under it may be the last to an object whose __del__ submits.
         self.lock = threading.RLock()
-        self.ended = threading.Condition(self.lock)  # notified when closed
         self.pending: collections.deque[_Work | _Mapping] = collections.deque()
         self.running: set[_Work] = set()
         self.short: tuple[weakref.ref[Any], float] | None = None
         """What was run last and the seconds that it takes, for an engine that takes tasks early."""
+        self.taking = False  # in take()
         self.shut = False  # no more tasks are taken
         self.discard = False  # nor are those run that are pending
-        self.clean = True  # nothing was stopped
-        self.closing = self.closed = False  # the engine
+        self.closing = False  # the engine, by whoever set this
+        self.closed = threading.Event()
         self.inside: set[int] = set()  # threads in feed(), where callbacks and inline tasks run
         self.live.add(self)
         # The handler called last is the one registered first: be before Ray's and multiprocessing's.
@@ -899,25 +900,24 @@ class _Core:
         with self.lock:
             if self.shut:
                 raise RuntimeError("cannot schedule new futures after shutdown")
-            if not isinstance(new, _Mapping):
+            if isinstance(new, _Task) or not new.items:
                 self.pending.append(new)
-            else:
+            if isinstance(new, _Mapping):
                 new.items.extend(items or ())
-                if not new.queued:
-                    self.pending.append(new)
-                    new.queued = True
             room = self.engine.limit(self.max_workers) + self.engine.early
             is_room = len(self.running) < room
         if is_room:
             self.feed()
+        else:
+            self.fail_lost()
 
-    def give_back(self, chunks: list[_Chunk]) -> None:
-        """Take back what a chunk has not begun; under the lock."""
+    def give_back(self, entries: Sequence[_Work | _Mapping]) -> None:
+        """What is next to run, because it could not yet; under the lock."""
         if not self.discard:
-            self.pending.extendleft(reversed(chunks))
+            self.pending.extendleft(reversed(entries))
             return
-        for chunk in chunks:
-            chunk.cancel()
+        for entry in entries:
+            entry.cancel()
 
     def feed(self, work: _Work | None = None, reply: Reply | None = None) -> None:
         """Finish ``work``, if given, and hand the engine all that it has room for."""
@@ -927,13 +927,7 @@ class _Core:
         try:
             while True:
                 if work is not None and reply is not None:
-                    try:
-                        self.finish(work, reply)
-                    except BaseException:
-                        if threading.current_thread() is threading.main_thread():
-                            raise  # Ctrl-C
-                        # A callback has left by sys.exit(), say. The engine's thread lives on.
-                        _log.critical("Exception in a callback of a task", exc_info=True)
+                    self.finish(work, reply)
                 work = reply = None  # an engine that is slow to start must not keep them alive
                 try:
                     with self.lock:
@@ -941,12 +935,14 @@ class _Core:
                     if work is None:
                         break
                     reply = self.engine.start(work, self.feed)
+                    if reply is not None and isinstance(reply[1], KeyboardInterrupt):
+                        raise reply[1]  # of a task in this thread, but meant for the program
                 except BaseException as error:
-                    if work is None:
+                    if work is not None:
+                        self.finish(work, reply or ([], error, 0, 0.0))
+                    if work is None or not isinstance(error, Exception):
                         raise
-                    self.finish(work, ([], error, 0, 0.0))
-                    if not isinstance(error, Exception):
-                        raise  # Ctrl-C
+                    reply = None
         finally:
             if outermost:
                 self.inside.discard(thread)
@@ -954,22 +950,22 @@ class _Core:
 
     def take(self) -> _Work | None:
         """The next to run, counted as running from now on; under the lock."""
-        room = self.engine.limit(self.max_workers)
-        while self.pending:
-            head = self.pending[0]
-            if len(self.running) >= room + self.ahead(head):
-                break
-            if isinstance(head, _Mapping):
-                work: _Work = head.cut()
-                head.queued = bool(head.items)
-            else:
-                work = head
-            if not isinstance(head, _Mapping) or not head.queued:
-                self.pending.popleft()
-            if work.claim():
-                self.running.add(work)
-                return work
-        return None
+        if self.taking:
+            return None  # some __del__ that runs in here has submitted: the take() outside goes on
+        self.taking = True
+        try:
+            room = self.engine.limit(self.max_workers)
+            while self.pending and len(self.running) < room + self.ahead(self.pending[0]):
+                head = self.pending.popleft()
+                work: _Work = head.cut() if isinstance(head, _Mapping) else head
+                if isinstance(head, _Mapping) and head.items:
+                    self.give_back([head])
+                if work.claim():
+                    self.running.add(work)
+                    return work
+            return None
+        finally:
+            self.taking = False
 
     def ahead(self, head: _Work | _Mapping) -> int:
         """How many more than may run the engine may have of what is next; under the lock."""
@@ -983,6 +979,7 @@ class _Core:
         return min(int(AHEAD_SECONDS * self.max_workers / max(seconds, 1e-9)), self.engine.early)
 
     def finish(self, work: _Work, reply: Reply) -> None:
+        """Tell a task's future what became of it, and make room for the next."""
         if work not in self.running:
             return  # Ctrl-C has hit start() when the engine had it already
         _, failure, begun, seconds = reply
@@ -992,6 +989,11 @@ class _Core:
                 work.cancel_running()
             else:
                 work.complete(reply)
+        except BaseException:
+            if threading.current_thread() is threading.main_thread():
+                raise  # Ctrl-C
+            # A callback has left by sys.exit(), say. The engine's thread lives on.
+            _log.critical("Exception in a callback of a task", exc_info=True)
         finally:
             # Only now is there room for another: never are more than max_workers running().
             with self.lock:
@@ -1004,41 +1006,38 @@ class _Core:
 
     def shutdown(self, wait: bool = True, policy: CancellationPolicy | None = None) -> None:
         """End: apply the policy and, if ``wait``, stay until nothing runs any more."""
-        cancelled: collections.deque[_Work | _Mapping] = collections.deque()
-        stopped: list[_Work] = []
-        with self.lock:
+        # Runs all that is pushed, the last first, even if a callback leaves by sys.exit().
+        with contextlib.ExitStack() as ending, self.lock:
             if policy is None:  # the executor's own is applied once; to ask again is to wait
                 policy = CancellationPolicy.NONE if self.shut else self.policy
             self.shut = True
             if CancellationPolicy.PENDING in policy:
                 self.discard = True
-                cancelled.extend(self.pending)
-                self.pending.clear()
-            if CancellationPolicy.RUNNING in policy and self.engine.stoppable and self.running:
-                self.clean = False
-                stopped.extend(self.running)
-                for work in stopped:
+                while self.pending:
+                    ending.callback(self.pending.pop().cancel)
+            if CancellationPolicy.RUNNING in policy and self.engine.stoppable:
+                for work in self.running:
                     work.stopped = True
-        try:
-            while stopped:
-                self.engine.stop(stopped.pop())
-        finally:
-            while cancelled:
-                cancelled.popleft().cancel()
-        if (reason := self.engine.lost()) is not None:
-            for work in list(self.running):
-                self.feed(work, ([], reason, 1, 0.0))
+                    ending.callback(self.engine.stop, work)
+        self.fail_lost()
         self.feed()  # Ctrl-C may have come before it where tasks were added
         if not wait or threading.get_ident() in self.inside:
             return  # a task or callback of ours that waited here would wait for itself
         try:
-            with self.lock:
-                while not self.closed:
-                    self.ended.wait()
+            self.closed.wait()
         except BaseException:
             # Ctrl-C in the middle of the end: whoever asks again does not want to wait for tasks.
             self.shutdown(wait=False, policy=CancellationPolicy.ALL)
             raise
+
+    def fail_lost(self) -> None:
+        """Fail what runs, if no reply will come any more."""
+        reason = self.engine.lost()
+        if self.engine.inline and not self.inside:
+            reason = KeyboardInterrupt()  # which has hit feed() itself
+        if reason is not None:
+            for work in list(self.running):
+                self.feed(work, ([], reason, 1, 0.0))
 
     def close_if_ended(self) -> None:
         with self.lock:
@@ -1046,17 +1045,16 @@ class _Core:
                 return
             self.closing = True
         try:
-            self.engine.close(self.clean)
+            self.engine.close()
         finally:
-            with self.lock:
-                self.closed = True
-                self.ended.notify_all()
+            self.closed.set()
 
     def forget(self) -> None:
         """In a forked child, which has none of our threads, and no right to our workers."""
         self.lock = threading.RLock()
-        self.ended = threading.Condition(self.lock)
-        self.shut = self.closing = self.closed = True
+        self.closed = threading.Event()
+        self.closed.set()
+        self.shut = self.closing = True
         self.pending.clear()
         self.running.clear()
 
@@ -1066,9 +1064,7 @@ class _Executor(Executor):
 
     def __init__(self, engine: _Engine, max_workers: int, policy: CancellationPolicy) -> None:
         self._core = _Core(engine, max_workers, policy)
-        self._max_workers = (
-            max_workers  # read by dask, adaptive and others, as the standard library's
-        )
+        self._max_workers = max_workers  # read by dask and others, as the standard library's
         weakref.finalize(self, _drop, self._core).atexit = False
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
@@ -1197,7 +1193,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _worker_functions() -> tuple[Callable[..., Any], ...]:
-    """(run, said, pack, seal, serve): defined in here so that cloudpickle sends them by value.
+    """(run, said, seal, serve, map_file): defined in here so that cloudpickle sends them by value.
 
     A worker need not be able to import this file. They use nothing of it but the names of the
     standard library's modules, which cloudpickle sends as such.
@@ -1237,53 +1233,45 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
             text = f"{type(error).__name__}, whose traceback can't be shown"
         try:
             return dumps(error), text
-        except Exception as reason:
+        except BaseException as reason:
             what = f"Could not pickle the exception that a task raised, {type(error).__name__}"
             return pickle.dumps(pickle.PicklingError(f"{what}: {said(reason)}")), text
 
     def seal(reply: Reply, dumps: Callable[..., bytes], buffers: list[Any] | None = None) -> bytes:
         """The pickle of a reply, or else of the failure to pickle it; its buffers go to a list."""
-        out_of_band: dict[str, Any] = {}
-        if buffers is not None:
-            out_of_band = {"protocol": 5, "buffer_callback": buffers.append}
+        keep = None if buffers is None else buffers.append
         values, error, begun, seconds = reply
         try:
-            return dumps((values, pack(error, dumps), begun, seconds), **out_of_band)
+            return dumps((values, pack(error, dumps), begun, seconds), buffer_callback=keep)
         except BaseException as raised:
             reason = raised
-        # The first result that can't be pickled fails. Those after it are never asked for.
-        good = 0
-        while good < len(values) - 1:
+        # One of the results, then. The first that can't be pickled fails; those after it are never
+        # asked for. If each alone can be, the last one has to stand for all.
+        good, value = 0, None
+        for good, value in enumerate(values):
             try:
-                dumps(values[good])
+                dumps(value)
             except BaseException as raised:
                 reason = raised
                 break
-            good += 1
-        error = reason
-        if isinstance(reason, Exception):
-            what = f"Could not pickle the result of a task, {type(values[good]).__name__}"
-            error = pickle.PicklingError(f"{what}: {said(reason)}")
-            error.with_traceback(reason.__traceback__)
+        what = f"Could not pickle the result of a task, {type(value).__name__}: {said(reason)}"
+        error = pickle.PicklingError(what).with_traceback(reason.__traceback__)
         if buffers is not None:
             buffers.clear()
-        return dumps((values[:good], pack(error, dumps), begun, seconds), **out_of_band)
+        return dumps((values[:good], pack(error, dumps), begun, seconds), buffer_callback=keep)
 
-    def serve(connection: Any, parent: int, lifeline: Any) -> None:
+    def serve(connection: Any, parent: int, lifeline: Any, dumps: Callable[..., bytes]) -> None:
         """The life of a worker process: read a call, run it, write its reply."""
         import faulthandler
         import multiprocessing
 
-        try:
-            cloudpickle = importlib.import_module("joblib.externals.cloudpickle")
-        except ImportError:
-            cloudpickle = importlib.import_module("cloudpickle")  # since joblib 1.6
-        dumps: Callable[..., bytes] = functools.partial(cloudpickle.dumps, protocol=5)
         if sys.platform != "win32":
             # A group of its own: the terminal's Ctrl-C is for the parent alone, and what a task
             # has started is killed together with it.
             os.setpgid(0, 0)
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # forgets one that has come
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            signal.signal(signal.SIGINT, handler)
             # A forked child must not hold the connection open when this process is gone.
             os.register_at_fork(after_in_child=connection.close)
         else:
@@ -1332,10 +1320,25 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
             connection.send_bytes(message)
             del message
 
-    return run, said, pack, seal, serve
+    def map_file(path: str, spans: list[tuple[int, int]]) -> Any:
+        """Load an object from a file of :class:`_Shared`."""
+        import mmap
+        import multiprocessing
+
+        maps = getattr(multiprocessing.current_process(), "parallel_backend_maps", {})
+        for gone in [other for other in maps if not os.path.exists(other)]:
+            del maps[gone]
+        if (content := maps.get(path)) is None:
+            with open(path, "rb") as file:
+                content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            maps[path] = content
+        data, *buffers = (content[start : start + size] for start, size in spans)
+        return pickle.loads(data, buffers=buffers)
+
+    return run, said, seal, serve, map_file
 
 
-_run, _said, _, _seal, _serve = _worker_functions()
+_run, _said, _seal, _serve, _map_file = _worker_functions()
 
 
 def _unpack(packed: tuple[bytes, str] | None, name: str, begun: int) -> BaseException | None:
@@ -1387,8 +1390,6 @@ def _broken(message: str, cause: BaseException | None = None) -> BaseException:
 
 
 def _unpicklable(name: str, reason: BaseException) -> BaseException:
-    if not isinstance(reason, Exception):
-        return reason
     message = f"Could not pickle the call of {name}, or its arguments: {_said(reason)}"
     return _caused(pickle.PicklingError(message), reason)
 
@@ -1406,7 +1407,9 @@ def _required(package: str) -> ModuleType:
     """A package that a backend can't do without, or a module of one."""
     top = package.partition(".")[0]
     try:
-        importlib.import_module(top)
+        importlib.import_module(
+            top
+        )  # by itself: what blocks it may break only its submodules' name
     except ImportError as error:
         if error.name not in (top, None):
             raise  # it is there, but broken
@@ -1420,6 +1423,8 @@ def _required(package: str) -> ModuleType:
 class _InlineEngine(_Engine):
     """Runs a task in the thread that submits it, or in the one that makes room for it."""
 
+    inline = True
+
     def __init__(self) -> None:
         self.depths: collections.Counter[int] = collections.Counter()  # of tasks in each thread
 
@@ -1432,12 +1437,9 @@ class _InlineEngine(_Engine):
         thread = threading.get_ident()
         self.depths[thread] += 1
         try:
-            reply = cast("Reply", _run(*work.call))
+            return cast("Reply", _run(*work.call))
         finally:
             self.depths[thread] -= 1
-        if isinstance(reply[1], KeyboardInterrupt):
-            raise reply[1]  # the user's Ctrl-C hit the task; it was meant for the program
-        return reply
 
 
 class _EngineBackend(ParallelBackend):
@@ -1452,27 +1454,22 @@ class _EngineBackend(ParallelBackend):
         config: ParallelConfig | None = None,
         cancel_futures: CancellationPolicy | bool = CancellationPolicy.PENDING,
         **options: Any,
-    ) -> _Executor:
+    ) -> Executor:
         policy = _as_policy(cancel_futures)
         if isinstance(max_workers, bool) or not isinstance(max_workers, (int, type(None))):
             raise TypeError(f"max_workers must be an int, not {max_workers!r}")
         if max_workers is not None and max_workers < 1:
             raise ValueError("max_workers must be greater than 0")
-        if not isinstance(config, (ParallelConfig, type(None))):
-            raise TypeError(f"config must be a ParallelConfig, not {config!r}")
-        cls._prepare(config)
-        bounds = (cls._n_cpus_local, config and config.n_cpus_local)
-        workers = min(max_workers or cls.effective_n_jobs(-1), *(b or sys.maxsize for b in bounds))
+        if config is not None:
+            bounded: Any = cls._configured(config)
+            return cast("Executor", bounded.executor(max_workers, cancel_futures=policy, **options))
+        workers = min(max_workers or cls.effective_n_jobs(-1), cls._n_cpus_local or sys.maxsize)
         return _Executor(cls._engine(workers, **options), workers, policy)
 
     @classmethod
     @abc.abstractmethod
     def _engine(cls, workers: int) -> _Engine:
         """An engine for an executor with so many workers, and options for its tasks, if it has any."""
-
-    @classmethod
-    def _prepare(cls, config: ParallelConfig | None) -> None:
-        """Get what executors need, as the deprecated ``config`` says."""
 
 
 class SequentialParallelBackend(_EngineBackend, backend_name="sequential"):
@@ -1487,16 +1484,10 @@ class SequentialParallelBackend(_EngineBackend, backend_name="sequential"):
 
 IDLE_SECONDS = 60  # after which a worker without a task ends
 
-# What joblib.Parallel sets too, to keep n workers from starting n threads each.
-_THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "BLIS_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-    "NUMBA_NUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
-)
+
+def _loky_tracker() -> ModuleType:
+    """loky's process that outlives this one to remove its files; no public name of joblib's."""
+    return _required("joblib.externals.loky.backend.resource_tracker")
 
 
 class _LokyWorker:
@@ -1507,8 +1498,8 @@ class _LokyWorker:
     """
 
     alive: ClassVar[weakref.WeakSet[_LokyWorker]] = weakref.WeakSet()
-    spawning: ClassVar[set[Any]] = set()
-    """The far ends of connections to processes that are being started."""
+    spawning: ClassVar[dict[Any, int]] = {}
+    """The far ends of connections to processes that are being started, and by which thread."""
 
     def __init__(self, env: dict[str, str], shape: tuple[str, ...]) -> None:
         self.env = env
@@ -1525,9 +1516,6 @@ class _LokyWorker:
         threading.Thread(target=self._live, name="parallel_backend worker", daemon=True).start()
 
     def _live(self) -> None:
-        if sys.platform != "win32":
-            # Inherited by the process, which is then safe from Ctrl-C while it starts.
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         while True:
             try:
                 engine = self.engines.get(timeout=IDLE_SECONDS)
@@ -1539,12 +1527,12 @@ class _LokyWorker:
                 break
             if engine is None:
                 break
-            while self._serve(engine):
+            while self._work_for(engine):
                 pass
             del engine  # not to be held while waiting
         self.kill()
 
-    def _serve(self, engine: _LokyEngine) -> bool:
+    def _work_for(self, engine: _LokyEngine) -> bool:
         """Run one task of the engine; whether there may be another."""
         try:
             order = engine.orders.get(timeout=IDLE_SECONDS if self.process else None)
@@ -1558,8 +1546,10 @@ class _LokyWorker:
             reply = self._execute(work)
         except BaseException as error:  # of ours; a thread that ends would leave all waiting
             reply = [], error, 1, 0.0
+        engine.clean &= not self.crashed
         done(work, reply)
-        engine.give_back_place()
+        with engine.lock:
+            engine.taken -= 1
         return True
 
     def _execute(self, work: _Work) -> Reply:
@@ -1595,24 +1585,29 @@ class _LokyWorker:
         return _opened(reply, (), name, count)
 
     def _spawn(self, work: _Work) -> None:
-        from multiprocessing import Pipe
+        from multiprocessing import Pipe, resource_tracker
 
         # loky's process starts a fresh interpreter that does not run __main__ anew. Its context
         # is no public name of joblib's, but has been there since joblib 0.12.
         context = _required("joblib.externals.loky.backend").get_context("loky")
+        if sys.platform != "win32":
+            # The process inherits the mask and is safe from Ctrl-C while it starts. To start one
+            # of the trackers, which start() would do, removes the mask: so it is done before.
+            resource_tracker.ensure_running()
+            _loky_tracker().ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         ours, theirs = Pipe()
         watched, self.lifeline = Pipe(duplex=False)  # its end tells the process of ours
-        self.spawning.add(theirs)
+        self.spawning[theirs] = threading.get_ident()
         try:
-            process = context.Process(
-                target=_serve, args=(theirs, os.getpid(), watched), env=self.env
-            )
+            args = theirs, os.getpid(), watched, _cloudpickle().dumps
+            process = context.Process(target=_serve, args=args, env=self.env)
             process.start()
         except BaseException:
             ours.close()
             raise
         finally:
-            self.spawning.discard(theirs)
+            self.spawning.pop(theirs)
             theirs.close()
             watched.close()
         self.connection = ours
@@ -1682,6 +1677,7 @@ class _LokyEngine(_Engine):
         self.shape = (os.path.abspath("."), *sys.path, *variables)
         self.lock = threading.Lock()  # guards workers and taken
         self.workers: list[_LokyWorker] = []
+        self.clean = True  # no worker was stopped or has crashed: they may serve another executor
         self.taken = 0  # how many of them have a task, or will; or still run its callbacks
         self.orders: queue.SimpleQueue[tuple[_Work, Callable[..., None]] | None] = (
             queue.SimpleQueue()
@@ -1707,19 +1703,15 @@ class _LokyEngine(_Engine):
                     return worker
         return None
 
-    def give_back_place(self) -> None:
-        with self.lock:
-            self.taken -= 1
-
     def stop(self, work: _Work) -> None:
+        self.clean = False
         for worker in self.workers:
             worker.stop(work)
 
-    def close(self, clean: bool) -> None:
-        clean &= not any(worker.crashed for worker in self.workers)
+    def close(self) -> None:
         for worker in self.workers:
             self.orders.put(None)
-            if clean and worker.process is not None:
+            if self.clean and worker.process is not None:
                 self.parked.append(worker)
             else:
                 worker.kill()
@@ -1738,8 +1730,11 @@ def _forget_workers() -> None:
     """In a forked child: they are the parent's."""
     _LokyEngine.parked.clear()
     _LokyWorker.alive.clear()
-    for connection in _LokyWorker.spawning:
-        connection.close()  # or the parent would not see the worker's end while this child lives
+    for connection, thread in _LokyWorker.spawning.items():
+        # Or the parent would not see the worker's end while this child lives; unless this is the
+        # worker, which older versions of loky fork in the thread that starts it.
+        if thread != threading.get_ident():
+            connection.close()
 
 
 if hasattr(os, "register_at_fork"):
@@ -1756,7 +1751,7 @@ def _cloudpickle() -> ModuleType:
 
 def _dumps(value: object, buffers: list[pickle.PickleBuffer] | None = None) -> bytes:
     keep = None if buffers is None else buffers.append
-    return cast("bytes", _cloudpickle().dumps(value, protocol=5, buffer_callback=keep))
+    return cast("bytes", _cloudpickle().dumps(value, buffer_callback=keep))
 
 
 class _Shared:
@@ -1772,19 +1767,24 @@ class _Shared:
 
     def __init__(self, value: object) -> None:
         buffers: list[pickle.PickleBuffer] = []
-        data = _dumps(value, buffers)
+        outer, _pickling.handles = getattr(_pickling, "handles", None), []
+        try:
+            data = _dumps(value, buffers)
+            self._inner = _pickling.handles  # what value refers to must not go before it
+        finally:
+            _pickling.handles = outer
         views = [buffer.raw() for buffer in buffers]
         if len(data) + sum(view.nbytes for view in views) < self.SMALL:
-            self._pickled = _dumps(value)
+            self._call: Any = pickle.loads, (_dumps(value),)
             return
-        path, spans = self._write([memoryview(data), *views])
-        # A pickle that calls a function, which is in it by value.
-        self._pickled = _dumps(_Reduced(_map_file, path, spans))
+        self._call = _map_file, self._write([memoryview(data), *views])
+        # Plain pickle can't send that function by value: it is to send a pickle that has it.
+        self._call = pickle.loads, (_dumps(self),)
 
     def _write(self, parts: list[memoryview]) -> tuple[str, list[tuple[int, int]]]:
         import tempfile  # a fifth of the time that importing this file takes
 
-        tracker = _required("joblib.externals.loky.backend.resource_tracker")
+        tracker = _loky_tracker()
         folders = [os.environ.get("JOBLIB_TEMP_FOLDER"), "/dev/shm", tempfile.gettempdir()]
         reason = None
         for folder in filter(None, folders):
@@ -1810,42 +1810,17 @@ class _Shared:
         raise OSError(f"Could not write a shared object to any of {folders}") from reason
 
     def load(self) -> Any:
-        return pickle.loads(self._pickled)
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[bytes]]:
-        return pickle.loads, (self._pickled,)
-
-
-class _Reduced:
-    """Pickles as a call, and unpickles as what that returns."""
-
-    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
-        self._call = function, args
+        function, args = self._call
+        return function(*args)
 
     def __reduce__(self) -> Any:
+        if (handles := getattr(_pickling, "handles", None)) is not None:
+            handles.append(self)
         return self._call
 
 
-def _make_map_file() -> Callable[[str, list[tuple[int, int]]], Any]:
-    def map_file(path: str, spans: list[tuple[int, int]]) -> Any:
-        """Load an object from a file of :class:`_Shared`; runs in workers, so sent by value."""
-        import mmap
-        import multiprocessing
-
-        maps = getattr(multiprocessing.current_process(), "parallel_backend_maps", {})
-        for gone in [other for other in maps if not os.path.exists(other)]:
-            del maps[gone]
-        if (content := maps.get(path)) is None:
-            with open(path, "rb") as file:
-                content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            maps[path] = content
-        data, *buffers = (content[start : start + size] for start, size in spans)
-        return pickle.loads(data, buffers=buffers)
-
-    return map_file
-
-
-_map_file = _make_map_file()
+_pickling = threading.local()
+"""Its ``handles``: those met while a thread pickles what another handle is made for."""
 
 
 def _forget_file(unlink: Callable[[str, str], None], path: str, owner: int) -> None:
@@ -1866,20 +1841,17 @@ class JoblibParallelBackend(_EngineBackend, backend_name="joblib"):
 
     @classmethod
     def _engine(cls, workers: int) -> _Engine:
-        inner = getattr(cls._active()[0], "inner_max_num_threads", None)
+        active, _ = cls._active()
+        inner = getattr(active, "inner_max_num_threads", None)
         threads = str(inner or max(available_cpus() // workers, 1))
-        names = (name for name in _THREAD_VARIABLES if inner or name not in os.environ)
+        # As joblib.Parallel does, to keep n workers from starting n threads each.
+        names = (n for n in active.MAX_NUM_THREADS_VARS if inner or n not in os.environ)
         return _LokyEngine(workers, dict.fromkeys(names, threads))
 
     @classmethod
     def _active(cls) -> tuple[Any, int | None]:
         """joblib's backend and n_jobs, as joblib.parallel_config() may have set them."""
-        parallel = _required("joblib.parallel")
-        backend, jobs = parallel.get_active_backend()
-        # Before joblib 1.3, it says 1 where nobody has said anything; a private name tells.
-        old = hasattr(parallel, "DEFAULT_N_JOBS")
-        if old and not getattr(getattr(parallel, "_backend", None), "backend_and_jobs", None):
-            jobs = None
+        backend, jobs = _required("joblib.parallel").get_active_backend()
         return backend, jobs
 
     @classmethod
@@ -1904,7 +1876,7 @@ def _ray_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(work, call): what Ray runs for an executor, and for ``wrap``; by value, as above."""
     run, seal = _run, _seal
 
-    def work(spec: Any, *args: Any) -> tuple[bytes | None, Any]:
+    def work(spec: Any, *args: Any) -> Sequence[Any]:
         """Run a task or a chunk. Ray sees a task's arguments one by one if there are handles
         among them, to wait for those and to send what is behind them."""
         ray = importlib.import_module("ray")
@@ -1913,16 +1885,19 @@ def _ray_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
         if args:
             split = len(args) - len(names)
             items, kwargs = [args[:split]], dict(zip(names, args[split:]))
-        else:
-            ref = ray.ObjectRef
-            items = [tuple(ray.get(a) if isinstance(a, ref) else a for a in item) for item in items]
-        values, error, begun, seconds = run(fn, items, kwargs, budget)
-        if error is not None and reraise:
+
+        def resolved(*args: Any) -> Any:
+            return fn(*(ray.get(a) if isinstance(a, ray.ObjectRef) else a for a in args))
+
+        handles = any(isinstance(arg, ray.ObjectRef) for item in items for arg in item)
+        values, error, begun, seconds = run(resolved if handles else fn, items, kwargs, budget)
+        if reraise and isinstance(error, Exception):
             raise error
         plain = {bool, int, float, str, bytes, type(None), ray.ObjectRef}
         if error is None and plain.issuperset(map(type, values)):
             # Ray must see a handle that is a result, or it would keep the object for ever.
-            return None, (values, None, begun, seconds)
+            # Lists of such are what Ray need not pickle.
+            return [None, [values, None, begun, seconds]]
         # Not left to Ray: it unpickles in its I/O thread, where a failure would go unheard.
         buffers: list[Any] = []
         return seal((values, error, begun, seconds), dumps, buffers), buffers
@@ -1969,14 +1944,16 @@ class _RayEngine(_Engine):
     chunk_seconds = 0.1  # some milliseconds pass from one task's end to the next one's start
     BATCH = 16  # short tasks that are awaited together
 
-    def __init__(self, ray: Any, remote: Any, workers: int, bounded: bool, reraise: bool) -> None:
-        if reraise:
-            self.chunk_seconds = 0.0  # what fails is Ray's to run again, but nothing else with it
+    def __init__(self, ray: Any, max_workers: int, options: dict[str, Any]) -> None:
         self.ray = ray
-        self.remote = remote
-        self.workers = workers
-        self.early = max(4 * self.BATCH, workers) if bounded else 0
-        self.reraise = reraise
+        self.remote = _ray_with(_ray_remotes()[0], options)
+        # What fails is Ray's to see, if it is to run it again; and nothing else with it.
+        self.reraise = bool(options.get("retry_exceptions"))
+        self.chunk_seconds = 0.0 if self.reraise else self.chunk_seconds
+        self.max_workers = max_workers
+        self.needs = {"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus", 0)}
+        self.needs.update(options.get("resources") or {})
+        self.measure()
         self.session = self._session()
         _broken("")  # brings in modules that can't be imported any more when the interpreter exits
         self.refs: dict[_Work, Any] = {}
@@ -1992,24 +1969,43 @@ class _RayEngine(_Engine):
             if not any(isinstance(value, self.ray.ObjectRef) for value in args):
                 args = ()  # in one piece: half the time
         sent = ([], {}) if args else (items, kwargs)
-        if not self.ray.is_initialized():
-            return [], self.lost(), 1, 0.0  # or Ray would start a cluster of its own
+        if (reason := self.lost()) is not None:
+            return [], reason, 1, 0.0  # or Ray would start a cluster of its own
+        if time.monotonic() > self.measured + 1:
+            self.measure()
         try:
             ref = self.remote.remote((fn, *sent, list(kwargs), budget, self.reraise), *args)
         except self.ray.exceptions.RayError:
             raise
         except Exception as error:
             return [], _unpicklable(_name(work), error), 0, 0.0
+        except BaseException:
+            # Ctrl-C. Ray may take the function for exported that it had no time to export.
+            _ray_remotes.cache_clear()
+            raise
         self.refs[work] = ref
         if work.stopped:  # stop() came too early to find it
             self.stop(work)
-        if len(self.refs) > self.workers + self.BATCH:
+        if len(self.refs) > self.room + self.BATCH:
             # Handed over early, so these are short tasks: to wait for many of them at once costs
             # Ray half of what it costs to be called back for each.
             self.inbox.put((work, ref, None, done))
         else:
             self._watch(work, ref, done)
         return None
+
+    def measure(self) -> None:
+        """Ask how many tasks the cluster can run at once; it may grow, or lose nodes."""
+        has = self.ray.cluster_resources()
+        counts = [int(has.get(name, 0) / each + 1e-9) for name, each in self.needs.items() if each]
+        self.room = max(min([self.max_workers, *counts]), 1)
+        # Where the CPUs are the bound and not max_workers, Ray may wait for them with short tasks.
+        is_bound = bool(counts) and self.room >= min(counts)
+        self.early = max(4 * self.BATCH, self.room) if is_bound else 0
+        self.measured = time.monotonic()
+
+    def limit(self, max_workers: int) -> int:
+        return self.room
 
     def _watch(self, work: _Work, ref: Any, done: Callable[[_Work, Reply], None]) -> None:
         ref.future().add_done_callback(lambda future: self.inbox.put((work, ref, future, done)))
@@ -2029,35 +2025,28 @@ class _RayEngine(_Engine):
 
     def _handle(self, batch: list[Any]) -> None:
         """Pass on what is done; a function of its own, so that nothing is held while waiting."""
-        ready, late = self._await([ref for _, ref, future, _ in batch if future is None])
+        refs = [ref for _, ref, future, _ in batch if future is None]
+        values: dict[Any, Any] = {}
+        if refs and self.lost() is None:
+            # Together, for a tenth of the time; or each alone, if one has failed or is not short.
+            with contextlib.suppress(Exception):
+                values.update(zip(refs, self.ray.get(refs, timeout=AHEAD_SECONDS)))
         while batch:
             work, ref, future, done = batch.pop(0)
-            if ref in late:
-                self._watch(work, ref, done)  # not that short
+            if future is not None:
+                reply = self._reply(work, future.result)
+            elif ref in values:
+                reply = self._reply(work, functools.partial(values.pop, ref))
+            elif (reason := self.lost()) is not None:
+                reply = [], reason, 1, 0.0
+            else:
+                self._watch(work, ref, done)
                 continue
-            try:
-                reply = self._reply(work, ready.pop(ref) if future is None else future.result)
-            except BaseException as error:  # of ours; a thread that ends would leave all waiting
-                reply = [], error, 1, 0.0
             self.refs.pop(work, None)
             done(work, reply)
 
-    def _await(self, refs: list[Any]) -> tuple[dict[Any, Callable[[], Any]], list[Any]]:
-        """Wait for short tasks: (how to get the value of those that are done, the others)."""
-        if not refs:
-            return {}, []
-        done, late = self.ray.wait(refs, num_returns=len(refs), timeout=AHEAD_SECONDS)
-        try:
-            values = self.ray.get(done)  # together: a tenth of the time
-        except Exception:
-            return {ref: functools.partial(self.ray.get, ref) for ref in done}, late
-        return {
-            ref: functools.partial(lambda value: value, value) for ref, value in zip(done, values)
-        }, late
-
     def _reply(self, work: _Work, result: Callable[[], Any]) -> Reply:
-        assert work.call is not None
-        name, count = _name(work), len(work.call[1])
+        name, count = _name(work), len(work.call[1]) if work.call else 1
         errors = self.ray.exceptions
         try:
             data, rest = result()
@@ -2068,7 +2057,7 @@ class _RayEngine(_Engine):
                 failure = _broken(f"The worker could not unpickle the call of {name}")
                 return [], _caused(failure, error), 0, 0.0
             return [], _ray_cause(error), count, 0.0
-        except (errors.RaySystemError, *_ray_losses(errors)) as error:
+        except errors.RayError as error:  # a worker, a node, an object or a whole session is gone
             failure = _broken(f"Ray lost {name}, or its result: {error}")
             return [], _caused(failure, error), count, 0.0
         except BaseException as error:
@@ -2078,7 +2067,7 @@ class _RayEngine(_Engine):
         if (ref := self.refs.get(work)) is not None and self.lost() is None:
             self.ray.cancel(ref, force=True)
 
-    def close(self, clean: bool) -> None:
+    def close(self) -> None:
         self.inbox.put(None)
 
     def _session(self) -> tuple[str, str]:
@@ -2100,18 +2089,6 @@ def _ray_cause(error: Any) -> BaseException:
     return _traced(cause, str(error))
 
 
-def _ray_losses(errors: ModuleType) -> list[type[BaseException]]:
-    """Ray's errors that mean that a worker, a node or an object is gone; not every version has all."""
-    names = (
-        "WorkerCrashedError",
-        "OutOfMemoryError",
-        "NodeDiedError",
-        "LocalRayletDiedError",
-        "ObjectLostError",
-    )
-    return [getattr(errors, name) for name in names if hasattr(errors, name)]
-
-
 class RayParallelBackend(_EngineBackend, backend_name="ray"):
     """Runs tasks on a Ray cluster: the one Ray is connected to, else what ``ray.init()`` finds
     (``RAY_ADDRESS``, or a cluster on this machine), else a new one on this machine.
@@ -2125,30 +2102,26 @@ class RayParallelBackend(_EngineBackend, backend_name="ray"):
 
     @classmethod
     def _configured(cls, config: ParallelConfig) -> type[ParallelBackend]:
-        cls._prepare(config)
-        return super()._configured(config)
-
-    @classmethod
-    def _prepare(cls, config: ParallelConfig | None) -> None:
-        options: dict[str, Any] = {}
-        if config is not None:
-            address = config.address
-            options = {
-                "address": "{}:{}".format(*address) if isinstance(address, tuple) else address,
-                "num_cpus": config.n_cpus_local,
-                "logging_level": config.logging_level,
-            }
+        bounded = super()._configured(config)
+        address = config.address
+        options = {
+            "address": "{}:{}".format(*address) if isinstance(address, tuple) else address,
+            "num_cpus": config.n_cpus_local,
+            "logging_level": config.logging_level,
+        }
         _started_ray(**{key: value for key, value in options.items() if value is not None})
+        return bounded
 
     @classmethod
     def _engine(cls, workers: int, **options: Any) -> _Engine:
         """``options`` are those of Ray's tasks: ``num_cpus``, ``resources``, ``max_retries``, …"""
-        # Where Ray's CPUs bound what runs at once, Ray may have short tasks before they can run.
-        each = options.get("num_cpus", 1)
-        bounded = bool(each) and workers >= int(cls._cpus()[0] / each)
-        remote = _ray_with(_ray_remotes()[0], options)
-        reraise = bool(options.get("retry_exceptions"))  # Ray must see what it is to retry
-        return _RayEngine(_required("ray"), remote, workers, bounded, reraise)
+        if "num_returns" in options:
+            raise TypeError("A task of an executor has one result, so there is no num_returns")
+        ray = _required("ray")
+        if ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
+            # In a task that waits for them, they may use its CPU: they might never get another.
+            options.setdefault("num_cpus", 0)
+        return _RayEngine(ray, workers, options)
 
     @classmethod
     def _cpus(cls) -> tuple[int, int | None]:
@@ -2168,10 +2141,16 @@ class RayParallelBackend(_EngineBackend, backend_name="ray"):
 
         return start
 
-    def _future(self, handle: Any) -> Future[Any] | None:
-        if isinstance(handle, _required("ray").ObjectRef):
-            return cast("Future[Any]", handle.future())
-        return super()._future(handle)
+    def _futures(self, handles: Sequence[Any]) -> list[Future[Any] | None]:
+        ray = _required("ray")
+        # Asked first, since the future even of what is done is done a little later.
+        refs = list({handle for handle in handles if isinstance(handle, ray.ObjectRef)})
+        late = ray.wait(refs, num_returns=len(refs), timeout=0)[1] if refs else []
+        futures = {ref: ref.future() for ref in late}
+        return [
+            futures.get(handle) if isinstance(handle, ray.ObjectRef) else future
+            for handle, future in zip(handles, super()._futures(handles))
+        ]
 
     def _value(self, handle: Any, timeout: float | None) -> Any:
         ray = _required("ray")
@@ -2187,60 +2166,36 @@ class RayParallelBackend(_EngineBackend, backend_name="ray"):
 # --- the self-test ----------------------------------------------------------------------------
 
 
-def _checks(name: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """(what is checked, a function that raises if it does not hold), in order, for a backend."""
-    backend: ParallelBackend
+def _checks(name: str) -> Iterator[tuple[str, bool]]:
+    """(what is checked, whether it holds), one after the other, for a backend."""
     wait = 60  # seconds, for an answer that should take none
-
-    def expect(condition: bool, otherwise: str) -> None:
-        if not condition:  # and no assert, which python -O leaves out
-            raise RuntimeError(otherwise)
-
-    def start() -> None:
-        nonlocal backend
-        if name == "ray":
-            _started_ray(logging_level=logging.ERROR, log_to_driver=False)
-        backend = init_parallel_backend(name)
-
-    def first_task() -> None:
-        with backend.executor() as executor:
-            answer = executor.submit(lambda: 6 * 7).result(wait)
-            expect(answer == 42, f"6 * 7 became {answer}")
-
-    def map_items() -> None:
-        with backend.executor() as executor:
-            squares = list(executor.map(pow, range(1000), [2] * 1000, timeout=wait))
-            expect(squares == [number**2 for number in range(1000)], f"squares: {squares}")
-
-    def put_and_get() -> None:
-        value = bytes(range(256)) * 4096
-        handle = backend.put(value)
-        length = backend.get(backend.wrap(len)(handle), timeout=wait)
-        expect(length == len(value), f"a task saw {length} bytes")
-        expect(backend.get(handle, timeout=wait) == value, "get() returned something else")
-
-    def exception() -> None:
-        with backend.executor() as executor:
-            error = executor.submit(divmod, 1, 0).exception(wait)
-        expect(type(error) is ZeroDivisionError, repr(error))
-
-    def policy(policy: CancellationPolicy) -> None:
-        inline = name == "sequential"  # all is done there before there is anything to cancel
-        stops = CancellationPolicy.RUNNING in policy and not inline
+    if name == "ray":
+        _started_ray(logging_level=logging.ERROR, log_to_driver=False)
+    backend = init_parallel_backend(name)
+    yield "start", True
+    with backend.executor() as executor:
+        yield "first task", executor.submit(lambda: 6 * 7).result(wait) == 42
+        squares = executor.map(pow, range(1000), [2] * 1000, timeout=wait)
+        yield "map of 1,000 items", list(squares) == [number**2 for number in range(1000)]
+        error = executor.submit(divmod, 1, 0).exception(wait)
+        yield "a task's exception", type(error) is ZeroDivisionError
+    value = bytes(range(256)) * 4096
+    handle = backend.put(value)
+    length = backend.get(backend.wrap(len)(handle), timeout=wait)
+    got = backend.get(handle, timeout=wait)
+    yield "put and get of 1 MiB", length == len(value) and got == value
+    for policy in map(CancellationPolicy, range(4)):
+        # In this process, all is done before there is anything to cancel.
+        cancels = name != "sequential"
+        pends = cancels and CancellationPolicy.PENDING in policy
+        runs = cancels and CancellationPolicy.RUNNING in policy
         with backend.executor(1, cancel_futures=policy) as executor:
-            running = executor.submit(time.sleep, wait if stops else 0.1)
+            running = executor.submit(time.sleep, wait if runs else 0.1)
             pending = executor.submit(int)
-        expect(running.cancelled() == stops, f"the running task: {running}")
-        cancels = CancellationPolicy.PENDING in policy and not inline
-        expect(pending.cancelled() == cancels, f"the pending task: {pending}")
-
-    yield "start", start
-    yield "first task", first_task
-    yield "map of 1,000 items", map_items
-    yield "put and get of 1 MiB", put_and_get
-    yield "a task's exception", exception
-    for each in ("NONE", "PENDING", "RUNNING", "ALL"):
-        yield f"cancellation: {each}", functools.partial(policy, CancellationPolicy[each])
+        yield (
+            f"cancellation: {policy.name}",
+            (pending.cancelled(), running.cancelled()) == (pends, runs),
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -2253,13 +2208,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Check what parallel_backend can run on here, on the real engines.",
         epilog="The exit status is 1 if anything that is installed fails; what is missing is no failure.",
     )
-    parser.add_argument(
-        "--backend",
-        action="append",
-        choices=list(ParallelBackend.BACKENDS),
-        help="check this one only; can be given several times",
-    )
-    chosen = parser.parse_args(arguments).backend or list(ParallelBackend.BACKENDS)
+    names = list(ParallelBackend.BACKENDS)
+    again = "check this one only; can be given several times"
+    parser.add_argument("--backend", action="append", choices=names, help=again)
+    chosen = parser.parse_args(arguments).backend or names
 
     def say(what: str, result: str, seconds: float | None = None) -> None:
         time_taken = "" if seconds is None else f"{seconds * 1000:8,.0f} ms"
@@ -2282,22 +2234,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 failed.append(name)
             continue
         print(f"{name} {version}".rstrip())
-        for what, check in _checks(name):
-            started = time.perf_counter()
-            try:
-                check()
-            except Exception as error:
-                say(what, "FAILED", time.perf_counter() - started)
-                print(f"    {type(error).__name__}: {error}")
-                failed.append(name)
-                if what == "start":
-                    break
-            else:
-                say(what, "ok", time.perf_counter() - started)
-    print()
-    print(
-        f"Failed: {', '.join(dict.fromkeys(failed))}" if failed else "All that is installed works."
-    )
+        started = time.perf_counter()
+        try:
+            for what, holds in _checks(name):
+                say(what, "ok" if holds else "FAILED", time.perf_counter() - started)
+                failed += [] if holds else [name]
+                started = time.perf_counter()
+        except Exception:
+            traceback.print_exc(file=sys.stdout)
+            failed.append(name)
+    which = ", ".join(dict.fromkeys(failed))
+    print(f"\nFailed: {which}" if failed else "\nAll that is installed works.")
     return 1 if failed else 0
 
 
