@@ -908,8 +908,8 @@ class _Core:
             is_room = len(self.running) < room
         if is_room:
             self.feed()
-        else:
-            self.fail_lost()
+        if self.pending:
+            self.fail_lost()  # rather than to wait for what will never end
 
     def give_back(self, entries: Sequence[_Work | _Mapping]) -> None:
         """What is next to run, because it could not yet; under the lock."""

@@ -1485,11 +1485,13 @@ def test_ctrl_c_in_a_sequential_map_leaves_the_rest_to_shutdown() -> None:
             raise KeyboardInterrupt
         done.append(n)
 
-    executor = pb.SequentialParallelBackend().executor(cancel_futures=Policy.NONE)
-    with pytest.raises(KeyboardInterrupt):
-        executor.map(task, range(5), chunksize=1)
-    executor.shutdown()
-    assert done == [0, 1, 3, 4]
+    for chunksize in (1, 4):
+        executor = pb.SequentialParallelBackend().executor(cancel_futures=Policy.NONE)
+        with pytest.raises(KeyboardInterrupt):
+            executor.map(task, range(5), chunksize=chunksize)
+        executor.shutdown()
+        assert done == [0, 1, 3, 4]
+        done.clear()
 
 
 def test_sequential_task_may_wait_for_another() -> None:
@@ -1622,6 +1624,110 @@ def test_long_tasks_after_short_ones_stay_cancellable(request: pytest.FixtureReq
     assert sum(future.cancelled() for future in futures) == 16
 
 
+EARLY_CTRL_C = """
+    import os, signal
+    import parallel_backend as pb
+    from joblib.externals.loky.backend.process import LokyProcess
+
+    started = LokyProcess.start
+
+    def start(self):
+        started(self)
+        os.killpg(0, signal.SIGINT)  # now, while it is starting: to it, and to this process
+
+    LokyProcess.start = start
+    executor = pb.init_parallel_backend("joblib").executor(1, cancel_futures=False)
+    future = executor.submit(pow, 2, 3)
+    while True:
+        try:
+            print(future.result(30))
+            break
+        except KeyboardInterrupt:
+            print("interrupted")
+    executor.shutdown()
+"""
+
+
+def test_worker_that_starts_is_safe_from_ctrl_c(request: pytest.FixtureRequest) -> None:
+    backend_named("joblib", request)
+    done = run_script(EARLY_CTRL_C, start_new_session=True)
+    assert (done.stdout, done.stderr) == ("interrupted\n8\n", "")
+
+
+def test_ctrl_c_in_the_core_itself_leaves_nothing_to_wait_for(monkeypatch: Any) -> None:
+    executor = pb.SequentialParallelBackend().executor(cancel_futures=Policy.NONE)
+    finish = pb._Core.finish
+
+    def interrupted(self: Any, work: Any, reply: Any) -> None:
+        monkeypatch.setattr(pb._Core, "finish", finish)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pb._Core, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        executor.submit(identity, 1)
+    assert executor.submit(identity, 2).result(0) == 2
+    executor.shutdown()
+    assert not executor._core.running  # type: ignore[attr-defined]
+
+
+def test_callback_that_exits_during_shutdown_loses_no_other_future(
+    engine: pb.ParallelBackend, tmp_path: Path
+) -> None:
+    executor = engine.executor(1)
+    running = executor.submit(gated, tmp_path, "running")
+    has_started(tmp_path, "running")
+    pending = [executor.submit(identity, n) for n in range(5)]
+    called: list[Any] = []
+    pending[1].add_done_callback(lambda _: sys.exit(1))
+    pending[4].add_done_callback(called.append)
+    with pytest.raises(SystemExit):
+        executor.shutdown()
+    assert wait(pending, 0).not_done == set()
+    assert all(future.cancelled() for future in pending) and called == [pending[4]]
+    open_gate(tmp_path)
+    executor.shutdown()
+    assert running.done()
+
+
+def test_what_is_submitted_when_an_abandoned_item_goes_runs(
+    engine: pb.ParallelBackend, tmp_path: Path
+) -> None:
+    submitted: list[Future[int]] = []
+
+    class Item:
+        def __del__(self) -> None:
+            submitted.append(executor.submit(identity, 1))
+
+        def __reduce__(self) -> Any:
+            return int, ()
+
+    with engine.executor(1, cancel_futures=False) as executor:
+        executor.submit(gated, tmp_path, "running")
+        results = executor.map(abs, [Item() for _ in range(8)], chunksize=1)
+        after = executor.submit(identity, 2)
+        results.close()  # type: ignore[attr-defined]
+        open_gate(tmp_path)
+        assert after.result(LONG) == 2
+        until(lambda: len(submitted) == 8)
+    assert [future.result(0) for future in submitted] == [1] * 8
+
+
+def test_forked_child_may_wrap(request: pytest.FixtureRequest) -> None:
+    backend = backend_named("joblib", request)
+    start = backend.wrap(pow)
+    assert backend.get(start(2, 3), timeout=LONG) == 8
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        code = 1
+        try:
+            code = 0 if backend.get(start(2, 4), timeout=10) == 16 else 2
+            pb._kill_workers()
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_100_000_pending_tasks_are_cancelled_in_time(engine: pb.ParallelBackend) -> None:
     with engine.executor(1, cancel_futures=Policy.ALL) as executor:
         executor.submit(time.sleep, 600)
@@ -1654,6 +1760,20 @@ def test_handles_arrive_as_objects(backend: pb.ParallelBackend) -> None:
     assert backend.get(backend.wrap(len)(handle), timeout=LONG) == 3
     chained = backend.wrap(sum)(backend.wrap(identity)(handle))
     assert backend.get(chained, timeout=LONG) == 6
+
+
+def test_argument_that_failed_fails_the_handle(backend: pb.ParallelBackend) -> None:
+    failed = backend.wrap(divmod)(1, 0)
+    handle = backend.wrap(identity)(failed)
+    with pytest.raises(ZeroDivisionError):
+        backend.get(handle, timeout=LONG)
+
+
+def test_wait_with_no_time_sees_what_is_done(backend: pb.ParallelBackend) -> None:
+    for _ in range(20):
+        done, stored = backend.wrap(identity)(1), backend.put(2)
+        backend.get(done, timeout=LONG)
+        assert backend.wait([done, stored], num_returns=2, timeout=0) == ([done, stored], [])
 
 
 def test_get_timeout_is_the_builtin(engine: pb.ParallelBackend, tmp_path: Path) -> None:
@@ -1751,6 +1871,22 @@ def test_shared_object_is_mapped_and_its_file_goes(
         del waiting
         until(lambda: gc.collect() is not None and not path.exists())
     assert array.sum() == 1_000_000
+
+
+def test_shared_object_keeps_the_handles_inside_it(request: pytest.FixtureRequest) -> None:
+    backend = backend_named("joblib", request)
+    inner = backend.put(bytes(100_000))
+    outer = backend.put({"inner": inner, "large": bytes(100_000)})
+    small = backend.put([inner])
+    files = set(Path("/dev/shm").glob("parallel_backend_*"))
+    del inner
+    gc.collect()
+    with backend.executor(1) as executor:
+        assert executor.submit(lambda d: len(d["inner"]), outer).result(LONG) == 100_000
+        assert executor.submit(lambda d: len(d[0]), small).result(LONG) == 100_000
+    del outer, small
+    gc.collect()
+    until(lambda: len(files & set(Path("/dev/shm").glob("parallel_backend_*"))) <= len(files) - 2)
 
 
 def test_small_shared_object_has_no_file(request: pytest.FixtureRequest) -> None:
@@ -2090,6 +2226,67 @@ def test_ray_retries_exceptions_if_asked(request: pytest.FixtureRequest, tmp_pat
         assert executor.submit(identity, 2).result(LONG) == 2
 
 
+def test_ray_retries_are_of_single_items(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    def note(n: int) -> int:
+        with open(tmp_path / "runs", "a") as file:
+            file.write(f"{n}\n")
+        if n == 2:
+            raise ValueError(n)
+        return n
+
+    options = {"retry_exceptions": True, "max_retries": 1}
+    with backend_named("ray", request).executor(1, **options) as executor:
+        results = executor.map(note, range(4), chunksize=4)
+        assert [next(results), next(results)] == [0, 1]
+        with pytest.raises(ValueError, match="2"):
+            next(results)
+        assert type(executor.submit(sys.exit, 3).exception(LONG)) is SystemExit
+    assert (tmp_path / "runs").read_text().split() in (list("0122"), list("01223"))
+
+
+def test_ray_handle_that_failed_costs_one_item(request: pytest.FixtureRequest) -> None:
+    backend = backend_named("ray", request)
+    handles = [backend.wrap(divmod)(n, n != 2) for n in range(5)]
+    with backend.executor(1) as executor:
+        results = executor.map(len, handles, chunksize=4)
+        assert [next(results), next(results)] == [2, 2]
+        with pytest.raises(ZeroDivisionError):
+            next(results)
+
+
+def test_ray_is_given_no_more_than_it_can_run(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    for workers, options in ((8, {}), (3, {"num_cpus": 2}), (8, {"num_cpus": 1.3})):
+        folder = tmp_path / f"{workers}{options}"
+        folder.mkdir()
+        with backend_named("ray", request).executor(workers, **options) as executor:
+            futures = [executor.submit(gated, folder, str(n)) for n in range(8)]
+            room = int(4 / options.get("num_cpus", 1))
+            for n in range(room):
+                has_started(folder, str(n))
+            assert [future.running() for future in futures] == [n < room for n in range(8)]
+            opener = open_gate_when_shut(executor, folder)
+        opener.join()
+        assert [future.cancelled() for future in futures] == [n >= room for n in range(8)]
+
+
+def test_ray_executor_inside_tasks_that_fill_the_cpus(request: pytest.FixtureRequest) -> None:
+    def outer(n: int) -> int:
+        from parallel_backend import init_parallel_backend
+
+        with init_parallel_backend("ray").executor(2) as inner:
+            return inner.submit(abs, -n).result(LONG)
+
+    with backend_named("ray", request).executor(4) as executor:
+        assert list(executor.map(outer, range(8), chunksize=1)) == list(range(8))
+
+
+def test_ray_task_has_one_result(request: pytest.FixtureRequest) -> None:
+    with pytest.raises(TypeError, match="num_returns"):
+        backend_named("ray", request).executor(num_returns=2)
+
+
 def test_ray_bound_below_its_cpus_holds_for_short_tasks(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -2114,6 +2311,33 @@ RAY_SHUT_DOWN = """
     executor.shutdown()
     print(type(future.exception(0)).__name__)
 """
+
+
+RAY_RESTARTED = """
+    import sys, time, ray
+    import parallel_backend as pb
+    backend = pb.init_parallel_backend("ray")
+    executor = backend.executor(1, cancel_futures=pb.CancellationPolicy.NONE)
+    idle = backend.executor(1)
+    futures = [executor.submit(time.sleep, 600), executor.submit(int)]
+    short = backend.executor()
+    futures += [short.submit(int) for _ in range(1000)]
+    ray.shutdown()
+    short.submit(int).exception(30)
+    futures += [executor.submit(int)]
+    errors = {type(future.exception(30)) for future in futures} - {type(None)}
+    print(*[error.__name__ for error in errors], ray.is_initialized())
+    backend = pb.init_parallel_backend("ray")
+    print(type(idle.submit(int).exception(30)).__name__)
+    with backend.executor(1) as fresh:
+        print(fresh.submit(pow, 2, 3).result(30))
+"""
+
+
+def test_executor_ends_with_its_ray_session(request: pytest.FixtureRequest) -> None:
+    backend_named("ray", request)
+    done = run_script(RAY_RESTARTED, env=ray_address())
+    assert done.stdout == "BrokenProcessPool False\nBrokenProcessPool\n8\n", done.stderr
 
 
 def test_ray_shut_down_while_tasks_run(request: pytest.FixtureRequest) -> None:
