@@ -514,14 +514,15 @@ class ParallelBackend(abc.ABC):
     def wrap(self, fun: Callable[..., T], **options: Any) -> Callable[..., Handle[T]]:
         """A callable that starts ``fun`` in the background and returns a handle to its result.
 
+        Handles among its arguments arrive as what they stand for. Where the engine can't wait for
+        that, the callable does, before it returns.
+
         Args:
             options: the engine's, such as Ray's ``num_cpus``; ignored by an engine without them.
         """
 
         @functools.wraps(fun)
         def start(*args: Any, **kwargs: Any) -> Any:
-            # What a handle stands for is an argument like any other: wait for it here, since
-            # not every executor can.
             try:
                 args = tuple(v.result() if isinstance(v, Future) else v for v in args)
                 kwargs = {k: v.result() if isinstance(v, Future) else v for k, v in kwargs.items()}
@@ -609,8 +610,9 @@ class ParallelBackend(abc.ABC):
         """
         if not isinstance(config, ParallelConfig):
             raise TypeError(f"config must be a ParallelConfig, not {config!r}")
+        bounds = filter(None, (cls._n_cpus_local, config.n_cpus_local))
         metaclass: Any = type(cls)
-        bounded = metaclass(cls.__name__, (cls,), {"_n_cpus_local": config.n_cpus_local})
+        bounded = metaclass(cls.__name__, (cls,), {"_n_cpus_local": min(bounds, default=None)})
         return cast("type[ParallelBackend]", bounded)
 
 
@@ -685,8 +687,8 @@ which it begins no further item. Dropped as soon as it can't be needed, for it m
 
 Reply = tuple[list[Any], "BaseException | None", int, float]
 """What became of a task's items: the results up to the first failure, that failure, how many
-items were begun (0 with a failure: nothing was run, for what was sent could not be read), and
-seconds that they took in the worker."""
+items were begun (0 with a failure: none is known to have been, for what was sent could not be
+read), and seconds that they took in the worker."""
 
 AHEAD_SECONDS = 0.05  # how much work may wait at an engine that wants its tasks early
 
@@ -763,7 +765,7 @@ class _Task(Future[Any]):
 
     def cancel_running(self) -> None:
         with self._condition:
-            self._state = "PENDING"  # cancel() refuses a running one
+            self._state = "PENDING"  # as if it had never run: cancel() refuses what does
         self.cancel()
 
 
@@ -794,7 +796,7 @@ class _Mapping:
         each = max(self.seconds, 1e-7)
         # A quarter of a worker's share, so that what turns out longer than expected is spread;
         # but not so few that the overhead counts, nor more than need be for it not to.
-        share = left / (4 * self.core.max_workers)
+        share = left / (4 * self.core.engine.limit(self.core.max_workers))
         return max(int(min(max(share, target / 60 / each), target / each)), 1)
 
     def cut(self) -> _Chunk:
@@ -862,7 +864,7 @@ class _Chunk:
             self.mapping.outcomes[self.start] = ([], CancelledError())
             self.mapping.changed.notify_all()
 
-    cancel_running = cancel
+    cancel_running = cancel  # a chunk has no state of its own
 
 
 class _Core:
@@ -955,7 +957,7 @@ class _Core:
         self.taking = True
         try:
             room = self.engine.limit(self.max_workers)
-            while self.pending and len(self.running) < room + self.ahead(self.pending[0]):
+            while self.pending and len(self.running) < room + self.ahead(self.pending[0], room):
                 head = self.pending.popleft()
                 work: _Work = head.cut() if isinstance(head, _Mapping) else head
                 if isinstance(head, _Mapping) and head.items:
@@ -967,7 +969,7 @@ class _Core:
         finally:
             self.taking = False
 
-    def ahead(self, head: _Work | _Mapping) -> int:
+    def ahead(self, head: _Work | _Mapping, room: int) -> int:
         """How many more than may run the engine may have of what is next; under the lock."""
         if not self.engine.early or self.short is None:
             return 0
@@ -976,10 +978,10 @@ class _Core:
         fn = head.fn if isinstance(head, _Mapping) else head.call and head.call[0]
         if fn is None or function() is not fn:
             return 0
-        return min(int(AHEAD_SECONDS * self.max_workers / max(seconds, 1e-9)), self.engine.early)
+        return min(int(AHEAD_SECONDS * room / max(seconds, 1e-9)), self.engine.early)
 
     def finish(self, work: _Work, reply: Reply) -> None:
-        """Tell a task's future what became of it, and make room for the next."""
+        """Tell a task's future what became of it; only then make room for the next."""
         if work not in self.running:
             return  # Ctrl-C has hit start() when the engine had it already
         _, failure, begun, seconds = reply
@@ -995,7 +997,7 @@ class _Core:
             # A callback has left by sys.exit(), say. The engine's thread lives on.
             _log.critical("Exception in a callback of a task", exc_info=True)
         finally:
-            # Only now is there room for another: never are more than max_workers running().
+            # Not before: never are more than max_workers running().
             with self.lock:
                 self.running.discard(work)
                 if fn is not None:
@@ -1005,10 +1007,13 @@ class _Core:
                         self.short = weakref.ref(fn), mean
 
     def shutdown(self, wait: bool = True, policy: CancellationPolicy | None = None) -> None:
-        """End: apply the policy and, if ``wait``, stay until nothing runs any more."""
+        """End: apply the policy and, if ``wait``, stay until nothing runs any more.
+
+        Without a policy, the executor's own is applied the first time; later there is but to wait.
+        """
         # Runs all that is pushed, the last first, even if a callback leaves by sys.exit().
         with contextlib.ExitStack() as ending, self.lock:
-            if policy is None:  # the executor's own is applied once; to ask again is to wait
+            if policy is None:
                 policy = CancellationPolicy.NONE if self.shut else self.policy
             self.shut = True
             if CancellationPolicy.PENDING in policy:
@@ -1032,11 +1037,12 @@ class _Core:
 
     def fail_lost(self) -> None:
         """Fail what runs, if no reply will come any more."""
+        running = list(self.running)
         reason = self.engine.lost()
-        if self.engine.inline and not self.inside:
+        if self.engine.inline and not self.inside:  # asked last: it may be, by now, that none runs
             reason = KeyboardInterrupt()  # which has hit feed() itself
         if reason is not None:
-            for work in list(self.running):
+            for work in running:
                 self.feed(work, ([], reason, 1, 0.0))
 
     def close_if_ended(self) -> None:
@@ -1107,7 +1113,7 @@ class _Executor(Executor):
         core = self._core
         mapping = _Mapping(core, fn, chunksize)
         source = zip(*iterables)
-        step = min(chunksize or 1, buffersize or 1)
+        step = min(chunksize or 1, buffersize or 1)  # how many are read at a time, with buffersize
 
         def read(count: int | None) -> int:
             items = list(islice(source, count))
@@ -1115,12 +1121,12 @@ class _Executor(Executor):
                 core.add(mapping, items)
             return len(items)
 
-        known = read(buffersize and buffersize // step * step)
+        known = read(buffersize and buffersize // step * step)  # how many items there are
 
         def results() -> Iterator[T]:
             nonlocal known
             _keep = self  # as long as somebody wants the results, the executor is not dropped
-            index = free = 0
+            index = yielded = 0
             try:
                 while index < known:
                     with core.lock:
@@ -1135,10 +1141,9 @@ class _Executor(Executor):
                     values.reverse()
                     while values:
                         yield values.pop()  # keeps no reference to what it yields
-                        free += 1
-                        if buffersize is not None and free >= step:
+                        yielded += 1
+                        if buffersize is not None and yielded % step == 0:
                             known += read(step)
-                            free = 0
                     if failure is not None:
                         try:
                             raise failure
@@ -1299,7 +1304,7 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
         # than many a task, but no longer than a second: they may be large, and gone elsewhere.
         maps: dict[str, Any] = {}
         process: Any = multiprocessing.current_process()
-        process.parallel_backend_maps = maps  # where the function that maps them can find it
+        process.parallel_backend_maps = maps  # map_file comes by value: this both can find
         while True:
             try:
                 if maps and not connection.poll(1):
@@ -1407,9 +1412,8 @@ def _required(package: str) -> ModuleType:
     """A package that a backend can't do without, or a module of one."""
     top = package.partition(".")[0]
     try:
-        importlib.import_module(
-            top
-        )  # by itself: what blocks it may break only its submodules' name
+        # By itself: where it is blocked, an error of its submodule's import may name otherwise.
+        importlib.import_module(top)
     except ImportError as error:
         if error.name not in (top, None):
             raise  # it is there, but broken
@@ -1501,7 +1505,7 @@ class _LokyWorker:
     spawning: ClassVar[dict[Any, int]] = {}
     """The far ends of connections to processes that are being started, and by which thread."""
 
-    def __init__(self, env: dict[str, str], shape: tuple[str, ...]) -> None:
+    def __init__(self, env: dict[str, str], shape: tuple[object, ...]) -> None:
         self.env = env
         self.shape = shape
         self.engines: queue.SimpleQueue[_LokyEngine | None] = queue.SimpleQueue()
@@ -1673,12 +1677,11 @@ class _LokyEngine(_Engine):
         self.max_workers = max_workers
         self.env = env
         # What a new process would inherit: only for whom it is the same may a warm one do.
-        variables = (f"{name}={value}" for name, value in {**os.environ, **env}.items())
-        self.shape = (os.path.abspath("."), *sys.path, *variables)
+        self.shape = (os.path.abspath("."), *sys.path, *{**os.environ, **env}.items())
         self.lock = threading.Lock()  # guards workers and taken
         self.workers: list[_LokyWorker] = []
         self.clean = True  # no worker was stopped or has crashed: they may serve another executor
-        self.taken = 0  # how many of them have a task, or will; or still run its callbacks
+        self.taken = 0  # tasks that wait in orders, run, or whose callbacks do
         self.orders: queue.SimpleQueue[tuple[_Work, Callable[..., None]] | None] = (
             queue.SimpleQueue()
         )
@@ -1710,7 +1713,9 @@ class _LokyEngine(_Engine):
 
     def close(self) -> None:
         for worker in self.workers:
-            self.orders.put(None)
+            self.orders.put(
+                None
+            )  # for one of them, whichever: each leaves this engine at its first
             if self.clean and worker.process is not None:
                 self.parked.append(worker)
             else:
@@ -1951,11 +1956,11 @@ class _RayEngine(_Engine):
         self.reraise = bool(options.get("retry_exceptions"))
         self.chunk_seconds = 0.0 if self.reraise else self.chunk_seconds
         self.max_workers = max_workers
-        self.needs = {"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus", 0)}
-        self.needs.update(options.get("resources") or {})
+        self.needs = {"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus")}
+        self.needs.update({"memory": options.get("memory"), **(options.get("resources") or {})})
         self.measure()
         self.session = self._session()
-        _broken("")  # brings in modules that can't be imported any more when the interpreter exits
+        _broken("")  # imports what can't be imported any more when the interpreter exits
         self.refs: dict[_Work, Any] = {}
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._live, name="parallel_backend ray", daemon=True).start()
@@ -2117,9 +2122,9 @@ class RayParallelBackend(_EngineBackend, backend_name="ray"):
         """``options`` are those of Ray's tasks: ``num_cpus``, ``resources``, ``max_retries``, …"""
         if "num_returns" in options:
             raise TypeError("A task of an executor has one result, so there is no num_returns")
-        ray = _required("ray")
-        if ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
-            # In a task that waits for them, they may use its CPU: they might never get another.
+        ray = _started_ray()
+        if ray.get_runtime_context().get_task_id() is not None:
+            # This is a task, which will wait for those: they use its CPU, for there may be no other.
             options.setdefault("num_cpus", 0)
         return _RayEngine(ray, workers, options)
 
@@ -2199,7 +2204,7 @@ def _checks(name: str) -> Iterator[tuple[str, bool]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The self-test; the number of backends that are installed and fail, 1 at most."""
+    """The self-test; its exit status, which is 1 if anything that is installed fails."""
     import argparse
     import platform
 

@@ -1374,7 +1374,8 @@ def test_worker_answers_until_there_is_nobody_to_ask(request: pytest.FixtureRequ
     context = pytest.importorskip("joblib.externals.loky.backend").get_context("loky")
     ours, theirs = Pipe()
     watched, lifeline = Pipe(duplex=False)
-    worker = context.Process(target=pb._serve, args=(theirs, os.getpid(), watched))
+    args = theirs, os.getpid(), watched, pb._cloudpickle().dumps
+    worker = context.Process(target=pb._serve, args=args)
     worker.start()
     theirs.close()
     watched.close()
