@@ -1112,7 +1112,7 @@ class _Executor(Executor):
         deadline = None if timeout is None else time.monotonic() + timeout
         core = self._core
         mapping = _Mapping(core, fn, chunksize)
-        source = zip(*iterables)
+        source: Iterator[tuple[Any, ...]] = zip(*iterables)
         step = min(chunksize or 1, buffersize or 1)  # how many are read at a time, with buffersize
 
         def read(count: int | None) -> int:
@@ -1122,6 +1122,8 @@ class _Executor(Executor):
             return len(items)
 
         known = read(buffersize and buffersize // step * step)  # how many items there are
+        if buffersize is None:
+            source = iter(())  # zip() holds the first that it has yielded
 
         def results() -> Iterator[T]:
             nonlocal known

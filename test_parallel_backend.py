@@ -485,6 +485,12 @@ def test_nobody_holds_what_map_has_yielded(backend: pb.ParallelBackend) -> None:
             reference = weakref.ref(big)
             del big
             until(lambda: gc.collect() is not None and reference() is None)  # noqa: B023
+        arguments = [Big(), Big()]
+        references = [weakref.ref(argument) for argument in arguments]
+        results = executor.map(id, arguments)
+        arguments.clear()
+        assert len([next(results), next(results)]) == 2
+        until(lambda: gc.collect() is not None and [r() for r in references] == [None, None])
 
 
 def test_discarded_future_frees_its_task(engine: pb.ParallelBackend) -> None:
@@ -1702,14 +1708,18 @@ def test_what_is_submitted_when_an_abandoned_item_goes_runs(
         def __reduce__(self) -> Any:
             return int, ()
 
+    calls = [lambda: 0, functools.partial(gated, tmp_path, "running")]
     with engine.executor(1, cancel_futures=False) as executor:
-        executor.submit(gated, tmp_path, "running")
-        results = executor.map(abs, [Item() for _ in range(8)], chunksize=1)
+        results = executor.map(
+            lambda item: item and item(), [*calls, *(Item() for _ in range(8))], chunksize=1
+        )
+        assert next(results) == 0
+        has_started(tmp_path, "running")
         after = executor.submit(identity, 2)
         results.close()  # type: ignore[attr-defined]
         open_gate(tmp_path)
         assert after.result(LONG) == 2
-        until(lambda: len(submitted) == 8)
+        assert len(submitted) == 8
     assert [future.result(0) for future in submitted] == [1] * 8
 
 
