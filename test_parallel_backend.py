@@ -2268,7 +2268,7 @@ def test_ray_handle_that_failed_costs_one_item(request: pytest.FixtureRequest) -
 def test_ray_is_given_no_more_than_it_can_run(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    for workers, options in ((8, {}), (3, {"num_cpus": 2}), (8, {"num_cpus": 1.3})):
+    for workers, options in ((8, {}), (3, {"num_cpus": 2}), (8, {"num_cpus": 0.7})):
         folder = tmp_path / f"{workers}{options}"
         folder.mkdir()
         with backend_named("ray", request).executor(workers, **options) as executor:
