@@ -438,7 +438,6 @@ class ParallelBackend(abc.ABC):
     def __init__(self) -> None:
         # By process, for what a forked child inherits is not its own.
         self._background: dict[int, Executor] = {}
-        self._background_lock = threading.Lock()  # guards _background
 
     @classmethod
     @abc.abstractmethod
@@ -530,11 +529,10 @@ class ParallelBackend(abc.ABC):
                 failed: Future[Any] = Future()
                 failed.set_exception(error)
                 return failed
-            with self._background_lock:
-                background = self._background.get(os.getpid())
-                if background is None:
-                    background = self.executor(cancel_futures=CancellationPolicy.NONE)
-                    self._background = {os.getpid(): background}
+            background = self._background.get(os.getpid())
+            if background is None:  # no lock, which a forked child might inherit locked
+                background = self.executor(cancel_futures=CancellationPolicy.NONE)
+                background = self._background.setdefault(os.getpid(), background)
             return background.submit(fun, *args, **kwargs)
 
         return start
@@ -882,15 +880,16 @@ class _Core:
         self.policy = policy
         # Reentrant: a reference dropped under it may be the last to an object whose __del__ submits.
         self.lock = threading.RLock()
+        self.ended = threading.Condition(self.lock)  # notified when closed
         self.pending: collections.deque[_Work | _Mapping] = collections.deque()
         self.running: set[_Work] = set()
+        self.finishing: set[_Work] = set()  # of those, they whose end is being told
         self.short: tuple[weakref.ref[Any], float] | None = None
         """What was run last and the seconds that it takes, for an engine that takes tasks early."""
         self.taking = False  # in take()
         self.shut = False  # no more tasks are taken
         self.discard = False  # nor are those run that are pending
-        self.closing = False  # the engine, by whoever set this
-        self.closed = threading.Event()
+        self.closing = self.closed = False  # the engine, by whoever has set the first
         self.inside: set[int] = set()  # threads in feed(), where callbacks and inline tasks run
         self.live.add(self)
         # The handler called last is the one registered first: be before Ray's and multiprocessing's.
@@ -910,8 +909,7 @@ class _Core:
             is_room = len(self.running) < room
         if is_room:
             self.feed()
-        if self.pending:
-            self.fail_lost()  # rather than to wait for what will never end
+        self.fail_lost()  # rather than to wait for what will never end
 
     def give_back(self, entries: Sequence[_Work | _Mapping]) -> None:
         """What is next to run, because it could not yet; under the lock."""
@@ -982,8 +980,10 @@ class _Core:
 
     def finish(self, work: _Work, reply: Reply) -> None:
         """Tell a task's future what became of it; only then make room for the next."""
-        if work not in self.running:
-            return  # Ctrl-C has hit start() when the engine had it already
+        with self.lock:
+            if work not in self.running or work in self.finishing:
+                return  # Ctrl-C hit start() when the engine had it already; or the engine is lost
+            self.finishing.add(work)
         _, failure, begun, seconds = reply
         fn = work.call[0] if work.call and self.engine.early and begun else None
         try:
@@ -1000,6 +1000,7 @@ class _Core:
             # Not before: never are more than max_workers running().
             with self.lock:
                 self.running.discard(work)
+                self.finishing.discard(work)
                 if fn is not None:
                     with contextlib.suppress(TypeError):  # not everything can be weakly referenced
                         known = self.short is not None and self.short[0]() is fn
@@ -1021,7 +1022,7 @@ class _Core:
                 while self.pending:
                     ending.callback(self.pending.pop().cancel)
             if CancellationPolicy.RUNNING in policy and self.engine.stoppable:
-                for work in self.running:
+                for work in self.running - self.finishing:
                     work.stopped = True
                     ending.callback(self.engine.stop, work)
         self.fail_lost()
@@ -1029,7 +1030,9 @@ class _Core:
         if not wait or threading.get_ident() in self.inside:
             return  # a task or callback of ours that waited here would wait for itself
         try:
-            self.closed.wait()
+            with self.lock:  # which some __del__ that comes here may hold already, and wait() frees
+                while not self.closed:
+                    self.ended.wait()
         except BaseException:
             # Ctrl-C in the middle of the end: whoever asks again does not want to wait for tasks.
             self.shutdown(wait=False, policy=CancellationPolicy.ALL)
@@ -1041,26 +1044,28 @@ class _Core:
         reason = self.engine.lost()
         if self.engine.inline and not self.inside:  # asked last: it may be, by now, that none runs
             reason = KeyboardInterrupt()  # which has hit feed() itself
+            self.finishing.clear()
         if reason is not None:
             for work in running:
                 self.feed(work, ([], reason, 1, 0.0))
 
     def close_if_ended(self) -> None:
         with self.lock:
-            if not self.shut or self.pending or self.running or self.closing:
+            if not self.shut or self.pending or self.running or self.taking or self.closing:
                 return
             self.closing = True
         try:
             self.engine.close()
         finally:
-            self.closed.set()
+            with self.lock:
+                self.closed = True
+                self.ended.notify_all()
 
     def forget(self) -> None:
         """In a forked child, which has none of our threads, and no right to our workers."""
         self.lock = threading.RLock()
-        self.closed = threading.Event()
-        self.closed.set()
-        self.shut = self.closing = True
+        self.ended = threading.Condition(self.lock)
+        self.shut = self.closing = self.closed = True
         self.pending.clear()
         self.running.clear()
 
@@ -1723,6 +1728,11 @@ class _LokyEngine(_Engine):
             else:
                 worker.kill()
                 worker.engines.put(None)
+        # A program that changes its environment leaves some of another shape behind each time.
+        for worker in self.parked[: -(4 * available_cpus() + len(self.workers))]:
+            with contextlib.suppress(ValueError):
+                self.parked.remove(worker)
+                worker.engines.put(None)
 
 
 def _kill_workers() -> None:
@@ -1961,6 +1971,7 @@ class _RayEngine(_Engine):
         self.needs = {"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus")}
         self.needs.update({"memory": options.get("memory"), **(options.get("resources") or {})})
         self.measure()
+        self.context = ray.get_runtime_context()  # asking it does not start Ray, as asking ray does
         self.session = self._session()
         _broken("")  # imports what can't be imported any more when the interpreter exits
         self.refs: dict[_Work, Any] = {}
@@ -1978,8 +1989,6 @@ class _RayEngine(_Engine):
         sent = ([], {}) if args else (items, kwargs)
         if (reason := self.lost()) is not None:
             return [], reason, 1, 0.0  # or Ray would start a cluster of its own
-        if time.monotonic() > self.measured + 1:
-            self.measure()
         try:
             ref = self.remote.remote((fn, *sent, list(kwargs), budget, self.reraise), *args)
         except self.ray.exceptions.RayError:
@@ -2078,12 +2087,14 @@ class _RayEngine(_Engine):
         self.inbox.put(None)
 
     def _session(self) -> tuple[str, str]:
-        context = self.ray.get_runtime_context()
-        return context.gcs_address, context.get_job_id()
+        return self.context.gcs_address, self.context.get_job_id()
 
     def lost(self) -> BaseException | None:
-        if self.ray.is_initialized() and self._session() == self.session:
-            return None
+        with contextlib.suppress(Exception):  # by which it says that Ray is not initialised
+            if self._session() == self.session:
+                if time.monotonic() > self.measured + 1:
+                    self.measure()
+                return None
         return _broken("Ray was shut down while this executor lived")
 
 

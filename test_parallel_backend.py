@@ -1723,6 +1723,69 @@ def test_what_is_submitted_when_an_abandoned_item_goes_runs(
     assert [future.result(0) for future in submitted] == [1] * 8
 
 
+def test_shutdown_while_a_task_is_being_taken_loses_nothing(monkeypatch: Any) -> None:
+    """As some __del__ can call it there, whenever the garbage is collected."""
+    engine = ManualEngine()
+    executor = pb._Executor(engine, 1, Policy.NONE)
+    claim = pb._Task.claim
+
+    def shut_first(self: Any) -> bool:
+        executor.shutdown(wait=False)
+        return claim(self)
+
+    monkeypatch.setattr(pb._Task, "claim", shut_first)
+    future = executor.submit(identity, 1)
+    assert not engine.closed
+    engine.finish(future, None, 1)
+    assert future.result(0) == 1 and engine.closed == 1
+
+
+def test_shutdown_by_who_holds_the_lock_does_not_block(engine: pb.ParallelBackend) -> None:
+    """As some __del__ may, which the garbage collector runs inside it."""
+    executor = engine.executor(1)
+    future = executor.submit(time.sleep, 0.2)
+
+    def end() -> None:
+        with executor._core.lock:  # type: ignore[attr-defined]
+            executor.shutdown()
+
+    thread = threading.Thread(target=end, daemon=True)
+    thread.start()
+    thread.join(LONG)
+    assert not thread.is_alive() and future.done()
+
+
+def test_what_is_finished_stays_so_while_its_callbacks_run() -> None:
+    in_callback, let_go = threading.Event(), threading.Event()
+    calls: list[Any] = []
+
+    class Lost(ManualEngine):
+        reason: Any = None
+
+        def lost(self) -> Any:
+            return self.reason
+
+    def callback(future: Any) -> None:
+        calls.append(future)
+        in_callback.set()
+        assert let_go.wait(LONG)
+
+    engine = Lost()
+    executor = pb._Executor(engine, 1, Policy.NONE)
+    future = executor.submit(identity, 1)
+    future.add_done_callback(callback)
+    thread = threading.Thread(target=engine.finish, args=(future, None, 1))
+    thread.start()
+    assert in_callback.wait(LONG)
+    executor.shutdown(wait=False, cancel_futures=Policy.ALL)
+    engine.reason = BrokenProcessPool("gone")
+    executor.shutdown(wait=False)
+    let_go.set()
+    thread.join(LONG)
+    executor.shutdown()
+    assert future.result(0) == 1 and calls == [future] and engine.closed == 1
+
+
 def test_forked_child_may_wrap(request: pytest.FixtureRequest) -> None:
     backend = backend_named("joblib", request)
     start = backend.wrap(pow)
@@ -1960,6 +2023,20 @@ def test_workers_are_not_kept_after(
         assert not any(map(is_alive, first))
     with backend.executor(2) as executor:
         assert not pids_of(executor) & first
+
+
+def test_few_workers_are_kept_where_the_environment_changes(
+    request: pytest.FixtureRequest, monkeypatch: Any
+) -> None:
+    backend = backend_named("joblib", request)
+    monkeypatch.setattr(pb, "available_cpus", lambda: 1)
+    for n in range(8):
+        monkeypatch.setenv("SOMETHING_THAT_WORKERS_SEE", str(n))
+        with backend.executor(1) as executor:
+            pid = executor.submit(os.getpid).result(LONG)
+        assert len(pb._LokyEngine.parked) <= 5
+    with backend.executor(1) as executor:
+        assert executor.submit(os.getpid).result(LONG) == pid, "the last is kept"
 
 
 def test_idle_workers_end(request: pytest.FixtureRequest, monkeypatch: Any) -> None:
@@ -2280,6 +2357,17 @@ def test_ray_is_given_no_more_than_it_can_run(
             opener = open_gate_when_shut(executor, folder)
         opener.join()
         assert [future.cancelled() for future in futures] == [n >= room for n in range(8)]
+
+
+def test_ray_cluster_that_grows_is_used(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    with backend_named("ray", request).executor() as executor:
+        engine = executor._core.engine  # type: ignore[attr-defined]
+        engine.room, engine.early, engine.measured = 1, 0, 0.0  # what was measured on a small one
+        futures = [executor.submit(gated, tmp_path, name) for name in "abc"]
+        for name in "abc":
+            has_started(tmp_path, name)
+        assert all(future.running() for future in futures)
+        open_gate(tmp_path)
 
 
 def test_ray_executor_inside_tasks_that_fill_the_cpus(request: pytest.FixtureRequest) -> None:
