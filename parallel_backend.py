@@ -1266,8 +1266,10 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
             except BaseException as raised:
                 reason = raised
                 break
-        what = f"Could not pickle the result of a task, {type(value).__name__}: {said(reason)}"
-        error = pickle.PicklingError(what).with_traceback(reason.__traceback__)
+        error = reason  # sys.exit(), say, stays what it is
+        if isinstance(reason, Exception):
+            what = f"Could not pickle the result of a task, {type(value).__name__}: {said(reason)}"
+            error = pickle.PicklingError(what).with_traceback(reason.__traceback__)
         if buffers is not None:
             buffers.clear()
         return dumps((values[:good], pack(error, dumps), begun, seconds), buffer_callback=keep)

@@ -646,6 +646,7 @@ FAULTS: dict[str, tuple[Any, tuple[Any, ...], Any]] = {
     "task leaves": (leave, (), BrokenProcessPool),
     "task exits": (sys.exit, (1,), SystemExit),
     "result fails to be pickled": (make_at, ("pickle", raise_it, KeyError("x")), Exception),
+    "result exits when pickled": (make_at, ("pickle", sys.exit, 1), SystemExit),
     "result crashes when pickled": (make_at, ("pickle", leave), BrokenProcessPool),
     "result is a lock": (threading.Lock, (), (pickle.PicklingError, TypeError)),
     "result fails to be unpickled": (
@@ -1551,7 +1552,7 @@ def test_running_is_applied_once(engine: pb.ParallelBackend, tmp_path: Path) -> 
 
 def test_stop_that_comes_late_spares_the_next_task(request: pytest.FixtureRequest) -> None:
     backend = backend_named("joblib", request)
-    for _ in range(30):
+    for _ in range(12):
         with backend.executor(1, cancel_futures=Policy.RUNNING) as executor:
             executor.submit(identity, 0)
             pending = [executor.submit(identity, n) for n in range(3)]
