@@ -1040,6 +1040,8 @@ class _Core:
 
     def fail_lost(self) -> None:
         """Fail what runs, if no reply will come any more."""
+        if not self.running:
+            return  # in a forked child too, where an engine had better not be asked
         running = list(self.running)
         reason = self.engine.lost()
         if self.engine.inline and not self.inside:  # asked last: it may be, by now, that none runs
