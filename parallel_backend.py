@@ -741,10 +741,9 @@ class _Task(Future[Any]):
             return super().cancel()
         finally:
             with self._condition:  # also if a callback has left by sys.exit()
-                if self.cancelled():
-                    self.call = None
-                # Tell wait() and as_completed() now, and not when a worker would be free for it.
                 if self._state == "CANCELLED":
+                    self.call = None
+                    # Tell wait() and as_completed() now, not when a worker would be free for it.
                     self.set_running_or_notify_cancel()
 
     def claim(self) -> bool:
@@ -1012,19 +1011,30 @@ class _Core:
 
         Without a policy, the executor's own is applied the first time; later there is but to wait.
         """
-        # Runs all that is pushed, the last first, even if a callback leaves by sys.exit().
-        with contextlib.ExitStack() as ending, self.lock:
+        stopped: set[_Work] = set()
+        cancelled: collections.deque[_Work | _Mapping] = collections.deque()
+        raised = None
+        with self.lock:
             if policy is None:
                 policy = CancellationPolicy.NONE if self.shut else self.policy
             self.shut = True
             if CancellationPolicy.PENDING in policy:
                 self.discard = True
-                while self.pending:
-                    ending.callback(self.pending.pop().cancel)
+                cancelled, self.pending = self.pending, cancelled
             if CancellationPolicy.RUNNING in policy and self.engine.stoppable:
-                for work in self.running - self.finishing:
+                stopped = self.running - self.finishing
+                for work in stopped:
                     work.stopped = True
-                    ending.callback(self.engine.stop, work)
+        while stopped or cancelled:  # emptied, for who waits below is to hold none of them
+            try:
+                if stopped:
+                    self.engine.stop(stopped.pop())
+                else:
+                    cancelled.popleft().cancel()
+            except BaseException as error:
+                raised = error  # Ctrl-C, or a callback has left by sys.exit(): the others first
+        if raised is not None:
+            raise raised
         self.fail_lost()
         self.feed()  # Ctrl-C may have come before it where tasks were added
         if not wait or threading.get_ident() in self.inside:
