@@ -2026,13 +2026,13 @@ class _RayEngine(_Engine):
 
     def measure(self) -> None:
         """Ask how many tasks the cluster can run at once; it may grow, or lose nodes."""
+        self.measured = time.monotonic()
         has = self.ray.cluster_resources()
         counts = [int(has.get(name, 0) / each + 1e-9) for name, each in self.needs.items() if each]
         self.room = max(min([self.max_workers, *counts]), 1)
         # Where the CPUs are the bound and not max_workers, Ray may wait for them with short tasks.
         is_bound = bool(counts) and self.room >= min(counts)
         self.early = max(4 * self.BATCH, self.room) if is_bound else 0
-        self.measured = time.monotonic()
 
     def limit(self, max_workers: int) -> int:
         return self.room
@@ -2104,12 +2104,15 @@ class _RayEngine(_Engine):
         return self.context.gcs_address, self.context.get_job_id()
 
     def lost(self) -> BaseException | None:
+        session = None
         with contextlib.suppress(Exception):  # by which it says that Ray is not initialised
-            if self._session() == self.session:
-                if time.monotonic() > self.measured + 1:
-                    self.measure()
-                return None
-        return _broken("Ray was shut down while this executor lived")
+            session = self._session()
+        if session != self.session:
+            return _broken("Ray was shut down while this executor lived")
+        if time.monotonic() > self.measured + 1:
+            with contextlib.suppress(Exception):  # its head is away: what was measured stands
+                self.measure()
+        return None
 
 
 def _ray_cause(error: Any) -> BaseException:
