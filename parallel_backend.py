@@ -788,8 +788,10 @@ class _Mapping:
     def size(self, left: int) -> int:
         """How many items a chunk shall have, of those that are left."""
         target = self.core.engine.chunk_seconds
-        if self.chunksize is not None or self.seconds is None or not target:
-            return self.chunksize if self.chunksize and target else 1
+        if not target:
+            return 1
+        if self.chunksize is not None or self.seconds is None:
+            return self.chunksize or 1
         each = max(self.seconds, 1e-7)
         # A quarter of a worker's share, so that what turns out longer than expected is spread;
         # but not so few that the overhead counts, nor more than need be for it not to.
@@ -1734,9 +1736,7 @@ class _LokyEngine(_Engine):
 
     def close(self) -> None:
         for worker in self.workers:
-            self.orders.put(
-                None
-            )  # for one of them, whichever: each leaves this engine at its first
+            self.orders.put(None)  # for any of them: each leaves this engine at its first
             if self.clean and worker.process is not None:
                 self.parked.append(worker)
             else:
