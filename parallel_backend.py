@@ -1988,6 +1988,7 @@ class _RayEngine(_Engine):
         self.context = ray.get_runtime_context()  # asking it does not start Ray, as asking ray does
         self.session = self._session()
         _broken("")  # imports what can't be imported any more when the interpreter exits
+        self.nudge = ray.put(None)
         self.refs: dict[_Work, Any] = {}
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._live, name="parallel_backend ray", daemon=True).start()
@@ -2094,8 +2095,16 @@ class _RayEngine(_Engine):
             return [], error, count, 0.0
 
     def stop(self, work: _Work) -> None:
-        if (ref := self.refs.get(work)) is not None and self.lost() is None:
-            self.ray.cancel(ref, force=True)
+        if (ref := self.refs.get(work)) is None or self.lost() is not None:
+            return
+        # From any other thread, cancel() may meet the end of its task between two halves of Ray's
+        # own account of it, and Ray then aborts this whole process ("Tried to complete task that
+        # was not pending"). In Ray's I/O thread, replies and this come one after the other.
+        kill = functools.partial(self.ray.cancel, ref, force=True)
+        if hasattr(self.nudge, "_on_completed"):  # private, and Ray Client's references have none
+            self.nudge._on_completed(lambda _: kill())
+        else:
+            kill()
 
     def close(self) -> None:
         self.inbox.put(None)
