@@ -34,6 +34,8 @@ import enum
 import functools
 import importlib
 import inspect
+import io
+import itertools
 import logging
 import os
 import pickle
@@ -44,12 +46,13 @@ import sys
 import threading
 import time
 import traceback
+import types
 import warnings
 import weakref
-from concurrent.futures import CancelledError, Executor, Future, as_completed
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, as_completed
 from concurrent.futures import TimeoutError as FutureTimeoutError  # not the builtin before 3.11
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import islice, repeat, takewhile
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, overload
 
 if TYPE_CHECKING:
@@ -95,6 +98,13 @@ def _as_policy(value: CancellationPolicy | bool) -> CancellationPolicy:
     if not isinstance(value, CancellationPolicy):
         raise TypeError(f"cancel_futures must be a CancellationPolicy or a bool, not {value!r}")
     return value
+
+
+def _check_max_workers(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, type(None))):
+        raise TypeError(f"max_workers must be an int, not {value!r}")
+    if value is not None and value < 1:
+        raise ValueError("max_workers must be greater than 0")
 
 
 # --- deprecation ------------------------------------------------------------------------------
@@ -393,7 +403,6 @@ def _cgroup_quotas(root: str) -> Iterator[tuple[int, int]]:
 # --- backends ---------------------------------------------------------------------------------
 
 if TYPE_CHECKING:
-    _Work: TypeAlias = "_Task | _Chunk"  # what an engine is given
 
     class Handle(Generic[T]):
         """What ``wrap(…)(…)`` returns, to type checkers; what it really is, is the engine's."""
@@ -600,6 +609,36 @@ class ParallelBackend(abc.ABC):
         """What ``handle`` stands for; itself if it is no handle. ``timeout`` is in seconds."""
         return handle.result(timeout) if isinstance(handle, Future) else handle
 
+    @staticmethod
+    def over(
+        executor: Executor,
+        max_workers: int | None = None,
+        *,
+        cancel_futures: CancellationPolicy | bool = CancellationPolicy.PENDING,
+    ) -> Executor:
+        """An executor of ours over any other one: it gets the policies, ``map`` with chunks that
+        size themselves and ``buffersize``, and what else its ``Future.cancel`` allows.
+
+        Args:
+            executor: a ``ThreadPoolExecutor``, mpi4py's, dask's ``get_executor()``, … It is ours
+                from now on, and shut down when this one ends.
+            max_workers: how many of its tasks run at once; what it says itself, unless given.
+            cancel_futures: as for :meth:`executor`.
+
+        Raises:
+            TypeError: it does not say how many workers it has, and ``max_workers`` does not either.
+        """
+        if max_workers is None:
+            # Not public, but what every executor that has a number of them calls it.
+            max_workers = getattr(executor, "_max_workers", None)
+            if max_workers is None:
+                raise TypeError(
+                    f"{type(executor).__name__} does not say how many workers it has: give max_workers"
+                )
+        _check_max_workers(max_workers)
+        policy = _as_policy(cancel_futures)
+        return _Executor(_OverEngine(executor, max_workers), max_workers, policy)
+
     @classmethod
     def _configured(cls, config: ParallelConfig) -> type[ParallelBackend]:
         """This class, bounded as the deprecated ``config`` says; an unnamed one, so unregistered.
@@ -670,119 +709,256 @@ def init_parallel_backend(
     return (backend if config is None else backend._configured(config))()
 
 
-# --- the executor core ------------------------------------------------------------------------
+# --- the engine contract and the executor core ------------------------------------------------
 #
-# What follows keeps every promise that does not need to know an engine. One lock, the core's,
-# guards all of its state and that of its mappings. It is never held while an engine, a callback
-# or other code of the user's runs; a future's own lock may be taken inside it, never around it.
+# An engine asks for work, and the core asks it back.
+#
+#       submit(), map()            take()                      end()
+#     ------------------> PENDING ---------> LENT ---------------------------> ENDING ---> DONE
+#                          |   ^             |  |                                           ^
+#                 cancel() |   '-------------'  | put_back(), unwanted; stopped()           |
+#                          |     put_back()     v                                           |
+#                          '--------------> CANCELLED --------------------------------------'
+#                                                            settle()
+#
+# PENDING is the core's. LENT is the engine's, which may hold more than it runs: what has not begun
+# there is still ours to cancel, to give to another worker, and to keep when a worker dies. For each
+# task that an engine took comes exactly one of end(), put_back() and stopped(). The core asks for one
+# with take_back() or stop(), and then looks where the task is: it has no answer to believe.
+#
+# The rule of the locks. There are two, for all executors of the process:
+#
+# - ``_engine_lock`` guards what engines know of their workers: who has which task.
+# - ``_lock`` guards what cores know: the place of each task, the queues, the stage, maps' outcomes.
+#
+# 1. Who holds ``_lock`` takes no other, a future's own neither. So who holds ``_engine_lock`` may
+#    take ``_lock``: take(), ask(), put_back() and stopped() are called under it.
+# 2. No code of a user's runs under either: no callback, no pickling, no ``__del__`` of what a
+#    dropped reference frees. What is dropped or to be told under a lock is so later, by settle().
+# 3. But the garbage collector and signal handlers may run a user's code anywhere. What that does
+#    under a lock is either harmless there (submit() appends, and feed() takes no lock) or done later,
+#    by settle() (cancel() and shutdown(), which would have to call the engine).
+#
+# They are one for all executors because of 3: a ``__del__`` under the lock of one executor that waited
+# for that of another, which waits for the first, would be a deadlock that nobody ever finds.
 
-Items = list[tuple[Any, ...]]
-"""The positional arguments of each item; a task has but one."""
+_lock = threading.RLock()
+_engine_lock = threading.RLock()
 
-Call = tuple["Callable[..., Any]", Items, dict[str, Any], float]
-"""What a worker is given: the callable, the items, keywords for all of them, and the seconds after
-which it begins no further item. Dropped as soon as it can't be needed, for it may hold much."""
+
+def _under_a_lock() -> bool:
+    """Whether this thread holds one: then the collector, or a signal, has brought it here."""
+    # Private, but what threading.Condition itself relies on, since Python 2.
+    return bool(cast("Any", _lock)._is_owned() or cast("Any", _engine_lock)._is_owned())
+
+
+Call = tuple["Callable[..., Any]", Any, Any, "float | None"]
+"""What a worker is to run. Of a task: the function, its arguments, its keywords, None. Of a chunk:
+the function, a list of items, whether each is a tuple of arguments, and the seconds after which the
+worker begins no further one."""
 
 Reply = tuple[list[Any], "BaseException | None", int, float]
-"""What became of a task's items: the results up to the first failure, that failure, how many
-items were begun (0 with a failure: none is known to have been, for what was sent could not be
-read), and seconds that they took in the worker."""
+"""What became of a call: results, failure, how many items were begun, seconds that they took.
 
-AHEAD_SECONDS = 0.05  # how much work may wait at an engine that wants its tasks early
+    =====  ==========================================================================
+    begun  what it means for a chunk (a task has one item, and fails if it has not begun)
+    =====  ==========================================================================
+    0      the call could not be sent, or not be read: its items are tried singly
+    some   the last of them failed if there is a failure; those behind them come back
+    all    none comes back; with a failure and no results, the worker was lost
+    =====  ==========================================================================
+"""
+
+
+class _Place(enum.Enum):
+    """Where a task or a chunk is: in one place at a time, moved under ``_lock``."""
+
+    PENDING = enum.auto()  # in the core's queue
+    LENT = enum.auto()  # an engine has it; it runs, or waits there and may be taken back
+    ENDING = enum.auto()  # its future is being told what became of it; its seat is still taken
+    CANCELLED = enum.auto()  # its future is being told that
+    DONE = enum.auto()  # told
+
+
+_PENDING, _LENT, _ENDING, _CANCELLED, _DONE = (
+    _Place  # a global takes a third of an attribute's time
+)
+
+
+class _Stage(enum.IntEnum):
+    """How far an executor is on its way to the end. It only ever goes up."""
+
+    OPEN = 0  # takes tasks
+    DRAINING = 1  # takes none; what is pending still runs
+    DISCARDING = 2  # what is pending is cancelled, and what comes back from the engine, too
+    CLOSING = 3  # there is no task left; the thread that saw it first closes the engine
+    CLOSED = 4
 
 
 class _Engine(abc.ABC):
-    """What runs tasks: starts one, says when it is done, can stop what runs. Nothing else."""
+    """What runs tasks. It asks the core for them, whenever it likes, and says what became of them.
 
-    stoppable = False
-    """Whether :meth:`stop` can."""
+    Of ``core`` it calls:
+
+    - ``take(n)``: up to n tasks, lent from now on;
+    - ``ask()``: how many wait, and let :meth:`feed` come at the next. The last thing before it rests;
+    - ``end(outcomes)``: what became of some, ``(work, reply)`` each; under no lock;
+    - ``put_back(works)``: they have not begun. ``stopped(work)``: what ran it was killed;
+    - ``settle()``: under no lock, soon after it has called one of these under a lock.
+
+    ``put_back`` and ``stopped`` move a task in the same hold of ``_engine_lock`` in which the engine
+    takes it from a worker or kills that. In between it would be nobody's, and who asks for it just
+    then, by a second cancel() or at a shutdown, would be told a wrong no.
+    """
+
+    core: _Core
     chunk_seconds = 0.03
     """How long a chunk of a map's items should take, for its overhead not to count; 0: no chunks."""
-    inline = False
-    """Whether :meth:`start` runs the task itself."""
-    early = 0
-    """How many more than may run it takes while tasks are short, bounding them itself."""
 
     @abc.abstractmethod
-    def start(self, work: _Work, done: Callable[[_Work, Reply], None]) -> Reply | None:
-        """Run ``work.call``; the reply, or None and ``done(work, reply)`` later, in any thread.
+    def feed(self) -> None:
+        """There is work. Rings a bell: it takes no lock, and may come at any time, after close() too."""
 
-        The core has seen to it that there is room. An exception counts as a failure to start.
-        """
+    @abc.abstractmethod
+    def take_back(self, works: list[_Work]) -> None:
+        """``put_back()`` those of them that have not begun."""
+
+    def running(self, work: _Work) -> bool:
+        """Whether a worker has begun it; takes no lock, and may be asked of any that was lent."""
+        return True
 
     def stop(self, work: _Work) -> None:
-        """Kill what runs ``work``, if it still does. Its reply comes as for any other."""
+        """If a worker has begun it, kill that and call ``stopped()``; not every engine can."""
 
-    def close(self) -> None:
-        """Give back all resources; nothing runs any more."""
+    def inside(self) -> bool:
+        """Whether this thread is one that :meth:`close` would have to wait for."""
+        return False
 
-    def limit(self, max_workers: int) -> int:
-        """How many tasks it runs at once, of those that were asked for."""
+    def width(self, max_workers: int) -> int:
+        """How many tasks it can run at once, of those that were asked for."""
         return max_workers
 
-    def lost(self) -> BaseException | None:
-        """Why no reply will come any more, if so."""
-        return None
+    def close(self) -> None:
+        """Give back all resources; no task is left. Called once."""
+
+
+class _Nothing(_Engine):
+    """What is left of an engine in a forked child, which has none of our threads or workers."""
+
+    def feed(self) -> None:
+        pass
+
+    def take_back(self, works: list[_Work]) -> None:
+        pass
 
 
 class _Task(Future[Any]):
-    """The future of one task, which holds its call too: nobody else need hold either."""
+    """The future of one task, which holds its call too, so that nobody else need hold either."""
 
-    stopped = False  # the policy has stopped it: a failure means that it was cancelled
+    place = _PENDING
+    unwanted = 0
+    """How many threads are cancelling it: if the engine puts it back meanwhile, it is cancelled."""
+    abandoned = False  # as a chunk may be
+    slot: Any = None  # the engine's own, for as long as it has the task
+    message: Any = None  # likewise: what it sends to a worker
 
-    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> None:
+    def __init__(self, core: _Core, fn: Callable[..., Any], args: Any, kwargs: Any) -> None:
         super().__init__()
-        self.call: Call | None = (fn, [args], kwargs, 0.0)
+        self.core: _Core | None = core  # until it is told: who holds a result holds no executor
+        self.call: Call | None = (fn, args, kwargs, None)
 
-    # _condition and _state are Future's, private but the same since Python 3.2.
+    # Future's own state stays PENDING until the end: only the engine knows what runs. _state and
+    # _condition are private, but the same since Python 3.2.
+
+    def running(self) -> bool:
+        """Whether a worker has begun it."""
+        core = self.core
+        return self.place is _LENT and core is not None and core.engine.running(self)
 
     def cancel(self) -> bool:
-        try:
-            return super().cancel()
-        finally:
-            with self._condition:  # also if a callback has left by sys.exit()
-                if self._state == "CANCELLED":
-                    self.call = None
-                    # Tell wait() and as_completed() now, not when a worker would be free for it.
-                    self.set_running_or_notify_cancel()
+        """Cancel it, unless it has ended, or runs and the executor's policy lets running tasks be.
 
-    def claim(self) -> bool:
-        with self._condition:  # cancel() must not come between the two
-            return not self.cancelled() and self.set_running_or_notify_cancel()
+        Under a policy with ``RUNNING``, what runs is stopped, and its worker with it.
+        """
+        core = self.core
+        if core is not None:
+            core.withdraw([self], CancellationPolicy.RUNNING in core.policy)
+        return self.cancelled()
 
-    def complete(self, reply: Reply) -> None:
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        return text.replace("state=pending", "state=running") if self.running() else text
+
+    def finish(self, reply: Reply) -> None:
         values, failure, _, _ = reply
-        self.call = None
         if self.done():
-            return  # Ctrl-C came between this and what makes room for the next
+            return  # a Ctrl-C came after it
         if failure is None:
             self.set_result(values[0])
         else:
             self.set_exception(failure)
 
-    def cancel_running(self) -> None:
+    def finish_cancelled(self) -> None:
+        super().cancel()  # which runs the callbacks; a second time it does nothing
         with self._condition:
-            self._state = "PENDING"  # as if it had never run: cancel() refuses what does
-        self.cancel()
+            if self._state == "CANCELLED":
+                # Tells wait() and as_completed(), which otherwise hear of it from a worker only.
+                self.set_running_or_notify_cancel()
 
 
-class _Mapping:
-    """The items of one ``map``, cut into chunks as workers get free, and their outcomes.
+class _Chunk:
+    """Some items of a map: one task, to an engine and for cancellation."""
 
-    Guarded by the core's lock.
-    """
+    place = _PENDING
+    unwanted = 0
+    slot: Any = None
+    message: Any = None
 
-    def __init__(self, core: _Core, fn: Callable[..., Any], chunksize: int | None) -> None:
+    def __init__(self, source: _Map, start: int, items: list[Any]) -> None:
+        self.core: _Core | None = source.core
+        self.source = source
+        self.start = start
+        # A chunk that takes far longer than measured comes back early: its last items are not to
+        # be stranded behind a long one while other workers idle.
+        seconds = source.core.engine.chunk_seconds if source.chunksize is None else float("inf")
+        self.call: Call | None = (source.fn, items, source.starred, seconds)
+
+    @property
+    def abandoned(self) -> bool:
+        return self.source.abandoned
+
+    def finish(self, reply: Reply) -> None:
+        self.source.finish(self, reply)
+
+    def finish_cancelled(self) -> None:
+        self.source.tell(self.start, [], CancelledError())
+
+
+if TYPE_CHECKING:
+    _Work: TypeAlias = _Task | _Chunk  # what an engine is lent
+
+
+class _Map:
+    """The items of one ``map``, cut into chunks as the engine takes them, and their outcomes."""
+
+    def __init__(
+        self, core: _Core, fn: Callable[..., Any], starred: bool, chunksize: int | None
+    ) -> None:
         self.core = core
         self.fn = fn
+        self.starred = starred
         self.chunksize = chunksize
         self.seconds: float | None = None  # of an item, of late
-        self.items: collections.deque[tuple[Any, ...]] = collections.deque()
-        """Those in no chunk yet; while there are any, this stands among the core's pending."""
-        self.first = 0  # index of items[0]
+        self.blocks: collections.deque[list[Any]] = collections.deque()
+        """Items that are in no chunk yet, as they were read; each block in reverse order, so that
+        its first items can be cut off at its end, fast, and be held by nobody."""
+        self.left = (
+            0  # how many these are; while there are any, this stands among the core's pending
+        )
+        self.first = 0  # the index of the first of them
         self.outcomes: dict[int, tuple[list[Any], BaseException | None]] = {}
-        """By the index of its first item: the results, then what was raised."""
-        self.changed = threading.Condition(core.lock)  # notified of outcomes
+        """By the index of its first item: the results, then what was raised. Under ``_lock``."""
+        self.changed = threading.Condition(_lock)  # notified of outcomes
         self.abandoned = False  # nobody will ask for further results
 
     def size(self, left: int) -> int:
@@ -795,82 +971,83 @@ class _Mapping:
         each = max(self.seconds, 1e-7)
         # A quarter of a worker's share, so that what turns out longer than expected is spread;
         # but not so few that the overhead counts, nor more than need be for it not to.
-        share = left / (4 * self.core.engine.limit(self.core.max_workers))
+        share = left / (4 * self.core.engine.width(self.core.max_workers))
         return max(int(min(max(share, target / 60 / each), target / each)), 1)
 
     def cut(self) -> _Chunk:
-        """The next chunk."""
-        if self.abandoned:
-            self.items.clear()
-        left = len(self.items)
-        start = self.first
-        items = [self.items.popleft() for _ in range(min(self.size(left), left))]
-        self.first += len(items)
+        """The next chunk; under ``_lock``."""
+        items: list[Any] = []
+        size = min(self.size(self.left), self.left)
+        while len(items) < size:
+            block = self.blocks[0]
+            part = block[len(items) - size :]
+            del block[-len(part) :]
+            part.reverse()
+            items = items + part if items else part
+            if not block:
+                self.blocks.popleft()
+        start, self.first, self.left = self.first, self.first + size, self.left - size
+        self.core.uncut -= size
         return _Chunk(self, start, items)
 
-    def cancel(self) -> None:
-        """Cancel what is in no chunk."""
+    def clear(self) -> Any:
+        """Take away the items that are in no chunk; under ``_lock``, so the caller drops them."""
+        gone, self.blocks = self.blocks, collections.deque()
+        self.core.uncut -= self.left
+        self.left = 0
+        return gone
+
+    def tell(self, start: int, values: list[Any], failure: BaseException | None) -> None:
         with self.changed:
-            self.outcomes[self.first] = ([], CancelledError())
-            self.items.clear()
+            self.outcomes[start] = (values, failure)
             self.changed.notify_all()
 
-
-class _Chunk:
-    """Some items of a map; to an engine, and for cancellation, it is one task."""
-
-    stopped = False  # as of a task
-
-    def __init__(self, mapping: _Mapping, start: int, items: Items) -> None:
-        self.mapping = mapping
-        self.start = start
-        # A chunk that takes far longer than measured comes back early: its last items are not
-        # stranded behind a long one while other workers idle.
-        budget = mapping.core.engine.chunk_seconds if mapping.chunksize is None else float("inf")
-        self.call: Call | None = (mapping.fn, items, {}, budget)
-
-    def claim(self) -> bool:
-        return not self.mapping.abandoned
-
-    def complete(self, reply: Reply) -> None:
-        if self.call is None:
-            return  # as above
+    def finish(self, chunk: _Chunk, reply: Reply) -> None:
         values, failure, begun, seconds = reply
-        items, self.call = self.call[1], None
-        mapping = self.mapping
-        with mapping.changed:
-            size = 1
-            if begun:
-                each = seconds / begun
-                mapping.seconds = each if mapping.seconds is None else (mapping.seconds + each) / 2
-                size = mapping.size(len(items) - begun + len(mapping.items))
-            elif len(items) == 1:
-                begun = 1
-            # Otherwise one of them can't be sent, or not be read: it alone shall fail.
-            if begun:
-                mapping.outcomes[self.start] = (values, failure)
-                mapping.changed.notify_all()
-            mapping.core.give_back(
-                [
-                    _Chunk(mapping, self.start + n, items[n : n + size])
-                    for n in range(begun, len(items), size)
-                ]
-            )
+        call = chunk.call
+        if call is None:
+            return  # a Ctrl-C came after it
+        items, size = call[1], 1
+        if begun:
+            each = seconds / begun
+            if seconds:  # none is known of a lost worker
+                self.seconds = each if self.seconds is None else (self.seconds + each) / 2
+            size = self.size(len(items) - begun + self.left)
+        elif len(items) == 1:
+            begun = 1
+        # Otherwise one of them can't be sent, or not be read: it alone shall fail.
+        if begun:
+            self.tell(chunk.start, values, failure)
+        chunk.call = None
+        self.core.add_first(
+            [
+                _Chunk(self, chunk.start + n, items[n : n + size])
+                for n in range(begun, len(items), size)
+            ]
+        )
 
-    def cancel(self) -> None:
-        self.call = None
-        with self.mapping.changed:
-            self.mapping.outcomes[self.start] = ([], CancelledError())
-            self.mapping.changed.notify_all()
+    def abandon(self) -> None:
+        """Nobody wants the rest: cancel what has not begun, and stop what runs if the policy may."""
+        # The collector may call this anywhere, in a thread that holds one of our locks too.
+        self.abandoned = True
+        self.core.defer(self.withdraw)
 
-    cancel_running = cancel  # a chunk has no state of its own
+    def withdraw(self) -> None:
+        core = self.core
+        with _lock:
+            gone = self.clear()
+            chunks = [
+                each for each in core.works if isinstance(each, _Chunk) and each.source is self
+            ]
+        core.withdraw(chunks, CancellationPolicy.RUNNING in core.policy)
+        del gone
 
 
 class _Core:
-    """The state of an executor: what is pending, what runs, and what is to become of it.
+    """The state of an executor: what is pending, what is lent, and how far it is to its end.
 
-    Apart from :class:`_Executor`, so that an engine's threads, which know this, do not keep an
-    executor alive that everybody else has dropped.
+    Apart from :class:`_Executor`, so that an engine's threads, which know this, do not keep alive an
+    executor that everybody else has dropped.
     """
 
     live: ClassVar[weakref.WeakSet[_Core]] = weakref.WeakSet()
@@ -879,226 +1056,351 @@ class _Core:
         self.engine = engine
         self.max_workers = max_workers
         self.policy = policy
-        # Reentrant: a reference dropped under it may be the last to an object whose __del__ submits.
-        self.lock = threading.RLock()
-        self.ended = threading.Condition(self.lock)  # notified when closed
-        self.pending: collections.deque[_Work | _Mapping] = collections.deque()
-        self.running: set[_Work] = set()
-        self.finishing: set[_Work] = set()  # of those, they whose end is being told
-        self.short: tuple[weakref.ref[Any], float] | None = None
-        """What was run last and the seconds that it takes, for an engine that takes tasks early."""
-        self.taking = False  # in take()
-        self.shut = False  # no more tasks are taken
-        self.discard = False  # nor are those run that are pending
-        self.closing = self.closed = False  # the engine, by whoever has set the first
-        self.inside: set[int] = set()  # threads in feed(), where callbacks and inline tasks run
+        self.stage = _Stage.OPEN
+        self.works: set[_Work] = set()
+        """All that are not DONE. What is waited for at the end, and what ALL looks through: so a
+        Ctrl-C that comes between two steps here may cost an entry below, but never an end."""
+        self.pending: collections.deque[_Work | _Map] = collections.deque()
+        """In the order in which they run; cancelled ones too, until take() meets them."""
+        self.uncut = 0  # items of maps that are in no chunk yet
+        self.hungry = True
+        """An engine could do with more than there was. Set by ask() and by a take() that came up
+        short, cleared by add() alone, which then calls feed(): were it cleared by a take() that got
+        what it wanted, one worker's satisfaction would silence another's hunger."""
+        self.closed = threading.Condition(_lock)  # notified when CLOSED
+        self.untold: collections.deque[_Work] = collections.deque()  # CANCELLED under a lock
+        self.dropped: collections.deque[Any] = collections.deque()  # references, under a lock
+        self.deferred: collections.deque[Callable[[], Any]] = (
+            collections.deque()
+        )  # asked for likewise
+        self.telling: collections.Counter[int] = collections.Counter()
+        """Threads in which callbacks of ours run, by how deep: there is no waiting for the end in
+        one, for it would wait for itself."""
+        engine.core = self
         self.live.add(self)
-        # The handler called last is the one registered first: be before Ray's and multiprocessing's.
-        atexit.unregister(_end_all)
-        atexit.register(_end_all)
+        _at_exit(_end_all)
 
-    def add(self, new: _Task | _Mapping, items: Items | None = None) -> None:
-        """Take a task, or further items of a mapping."""
-        with self.lock:
-            if self.shut:
-                raise RuntimeError("cannot schedule new futures after shutdown")
-            if isinstance(new, _Task) or not new.items:
-                self.pending.append(new)
-            if isinstance(new, _Mapping):
-                new.items.extend(items or ())
-            room = self.engine.limit(self.max_workers) + self.engine.early
-            is_room = len(self.running) < room
-        if is_room:
-            self.feed()
-        self.fail_lost()  # rather than to wait for what will never end
+    # What users do.
 
-    def give_back(self, entries: Sequence[_Work | _Mapping]) -> None:
-        """What is next to run, because it could not yet; under the lock."""
-        if not self.discard:
-            self.pending.extendleft(reversed(entries))
-            return
-        for entry in entries:
-            entry.cancel()
-
-    def feed(self, work: _Work | None = None, reply: Reply | None = None) -> None:
-        """Finish ``work``, if given, and hand the engine all that it has room for."""
-        thread = threading.get_ident()
-        outermost = thread not in self.inside
-        self.inside.add(thread)
+    def add(self, new: _Task | _Map, block: list[Any] | None = None) -> None:
+        """Take a task, or further items of a map, in reverse order."""
         try:
-            while True:
-                if work is not None and reply is not None:
-                    self.finish(work, reply)
-                work = reply = None  # an engine that is slow to start must not keep them alive
-                try:
-                    with self.lock:
-                        work = self.take()
-                    if work is None:
-                        break
-                    reply = self.engine.start(work, self.feed)
-                    if reply is not None and isinstance(reply[1], KeyboardInterrupt):
-                        raise reply[1]  # of a task in this thread, but meant for the program
-                except BaseException as error:
-                    if work is not None:
-                        self.finish(work, reply or ([], error, 0, 0.0))
-                    if work is None or not isinstance(error, Exception):
-                        raise
-                    reply = None
-        finally:
-            if outermost:
-                self.inside.discard(thread)
-        self.close_if_ended()
-
-    def take(self) -> _Work | None:
-        """The next to run, counted as running from now on; under the lock."""
-        if self.taking:
-            return None  # some __del__ that runs in here has submitted: the take() outside goes on
-        self.taking = True
-        try:
-            room = self.engine.limit(self.max_workers)
-            while self.pending and len(self.running) < room + self.ahead(self.pending[0], room):
-                head = self.pending.popleft()
-                work: _Work = head.cut() if isinstance(head, _Mapping) else head
-                if isinstance(head, _Mapping) and head.items:
-                    self.give_back([head])
-                if work.claim():
-                    self.running.add(work)
-                    return work
-            return None
-        finally:
-            self.taking = False
-
-    def ahead(self, head: _Work | _Mapping, room: int) -> int:
-        """How many more than may run the engine may have of what is next; under the lock."""
-        if not self.engine.early or self.short is None:
-            return 0
-        # Short tasks may wait at the engine; others stay here, where they can be cancelled.
-        function, seconds = self.short
-        fn = head.fn if isinstance(head, _Mapping) else head.call and head.call[0]
-        if fn is None or function() is not fn:
-            return 0
-        return min(int(AHEAD_SECONDS * room / max(seconds, 1e-9)), self.engine.early)
-
-    def finish(self, work: _Work, reply: Reply) -> None:
-        """Tell a task's future what became of it; only then make room for the next."""
-        with self.lock:
-            if work not in self.running or work in self.finishing:
-                return  # Ctrl-C hit start() when the engine had it already; or the engine is lost
-            self.finishing.add(work)
-        _, failure, begun, seconds = reply
-        fn = work.call[0] if work.call and self.engine.early and begun else None
-        try:
-            if work.stopped and failure is not None:
-                work.cancel_running()
-            else:
-                work.complete(reply)
+            with _lock:
+                if self.stage:
+                    raise RuntimeError("cannot schedule new futures after shutdown")
+                if isinstance(new, _Map):
+                    if not new.left:
+                        self.pending.append(new)
+                    new.blocks.append(block or [])
+                    new.left += len(block or ())
+                    self.uncut += len(block or ())
+                else:
+                    self.works.add(new)
+                    self.pending.append(new)
+                hungry, self.hungry = self.hungry, False
+            # Here an engine may be in ask(), which sets hungry. Either it came before this: then
+            # feed() follows. Or it comes after, and counts what has just been added.
+            if hungry:
+                self.engine.feed()
         except BaseException:
-            if threading.current_thread() is threading.main_thread():
-                raise  # Ctrl-C
-            # A callback has left by sys.exit(), say. The engine's thread lives on.
-            _log.critical("Exception in a callback of a task", exc_info=True)
+            if isinstance(new, _Task) and new.place is _PENDING:
+                self.works.discard(new)  # Ctrl-C: nobody gets its future; or take() meets it anyway
+                self.hungry = True
+            raise
+
+    def withdraw(self, works: Sequence[_Work], stop: bool) -> None:
+        """Cancel those that have not begun and, if ``stop``, those that run."""
+        if _under_a_lock():
+            self.defer(functools.partial(self.withdraw, works, stop))
+            return
+        lent: list[_Work] = []
+        try:
+            with _lock:
+                for work in works:
+                    if work.place is _PENDING:
+                        work.place = _CANCELLED
+                    elif work.place is _LENT:
+                        work.unwanted += 1
+                        lent.append(work)
+            self.recall(lent, True, stop)
         finally:
-            # Not before: never are more than max_workers running().
-            with self.lock:
-                self.running.discard(work)
-                self.finishing.discard(work)
-                if fn is not None:
-                    with contextlib.suppress(TypeError):  # not everything can be weakly referenced
-                        known = self.short is not None and self.short[0]() is fn
-                        mean = (self.short[1] + seconds) / 2 if known and self.short else seconds
-                        self.short = weakref.ref(fn), mean
+            with _lock:
+                for work in lent:
+                    work.unwanted -= 1
+        self.tell([work for work in works if work.place is _CANCELLED])
+        self.settle()
+
+    def recall(self, lent: Sequence[_Work], waiting: bool, running: bool) -> None:
+        """Have back of these what waits at the engine, and stop what runs there, as is asked for."""
+        # Which run is asked before any is stopped: by then its neighbour may have begun.
+        begun = [work for work in lent if running and self.engine.running(work)]
+        for work in begun:
+            self.engine.stop(work)
+        if waiting and (rest := [work for work in lent if work.place is _LENT]):
+            self.engine.take_back(rest)
+            for work in rest if running else ():
+                if work.place is _LENT:  # it has begun meanwhile
+                    self.engine.stop(work)
 
     def shutdown(self, wait: bool = True, policy: CancellationPolicy | None = None) -> None:
-        """End: apply the policy and, if ``wait``, stay until nothing runs any more.
+        """End: apply the policy and, if ``wait``, stay until nothing is left.
 
         Without a policy, the executor's own is applied the first time; later there is but to wait.
         """
-        stopped: set[_Work] = set()
-        cancelled: collections.deque[_Work | _Mapping] = collections.deque()
-        raised = None
-        with self.lock:
+        if _under_a_lock():
+            self.defer(functools.partial(self.shutdown, False, policy))
+            return
+        with _lock:
             if policy is None:
-                policy = CancellationPolicy.NONE if self.shut else self.policy
-            self.shut = True
-            if CancellationPolicy.PENDING in policy:
-                self.discard = True
-                cancelled, self.pending = self.pending, cancelled
-            if CancellationPolicy.RUNNING in policy and self.engine.stoppable:
-                stopped = self.running - self.finishing
-                for work in stopped:
-                    work.stopped = True
-        while stopped or cancelled:  # emptied, for who waits below is to hold none of them
-            try:
-                if stopped:
-                    self.engine.stop(stopped.pop())
-                else:
-                    cancelled.popleft().cancel()
-            except BaseException as error:
-                raised = error  # Ctrl-C, or a callback has left by sys.exit(): the others first
-        if raised is not None:
-            raise raised
-        self.fail_lost()
-        self.feed()  # Ctrl-C may have come before it where tasks were added
-        if not wait or threading.get_ident() in self.inside:
-            return  # a task or callback of ours that waited here would wait for itself
+                policy = CancellationPolicy.NONE if self.stage else self.policy
+            discards = CancellationPolicy.PENDING in policy
+            stops = CancellationPolicy.RUNNING in policy
+            self.stage = max(self.stage, _Stage.DISCARDING if discards else _Stage.DRAINING)
+            dropped: list[Any] = []
+            if discards:
+                for work in self.works:
+                    if work.place is _PENDING:
+                        work.place = _CANCELLED
+                dropped = [self.pending, *map(self.cancel_map, self.pending)]
+                self.pending = collections.deque()
+            lent = [work for work in self.works if work.place is _LENT]
+        self.recall(lent, discards, stops)
+        del dropped, lent
+        # Last, since their callbacks may take their time.
+        with _lock:
+            cancelled = [work for work in self.works if work.place is _CANCELLED]
+        self.tell(cancelled)
+        del cancelled
+        self.settle()
+        self.engine.feed()  # a Ctrl-C may have come before it where tasks were added
+        self.close_if_over()
+        if not wait or self.engine.inside() or threading.get_ident() in self.telling:
+            return
         try:
-            with self.lock:  # which some __del__ that comes here may hold already, and wait() frees
-                while not self.closed:
-                    self.ended.wait()
+            with _lock:
+                while self.stage < _Stage.CLOSED:
+                    self.closed.wait()
         except BaseException:
             # Ctrl-C in the middle of the end: whoever asks again does not want to wait for tasks.
-            self.shutdown(wait=False, policy=CancellationPolicy.ALL)
+            self.shutdown(False, CancellationPolicy.ALL)
             raise
 
-    def fail_lost(self) -> None:
-        """Fail what runs, if no reply will come any more."""
-        if not self.running:
-            return  # in a forked child too, where an engine had better not be asked
-        running = list(self.running)
-        reason = self.engine.lost()
-        if self.engine.inline and not self.inside:  # asked last: it may be, by now, that none runs
-            reason = KeyboardInterrupt()  # which has hit feed() itself
-            self.finishing.clear()
-        if reason is not None:
-            for work in running:
-                self.feed(work, ([], reason, 1, 0.0))
+    def defer(self, what: Callable[[], Any]) -> None:
+        """Let it be done under no lock, soon."""
+        self.deferred.append(what)
+        self.engine.feed()  # an engine's thread settles whenever it wakes
 
-    def close_if_ended(self) -> None:
-        with self.lock:
-            if not self.shut or self.pending or self.running or self.taking or self.closing:
+    # What engines do; take() to stopped() under their lock, if they like.
+
+    def ask(self) -> int:
+        """How many wait, about; and let feed() come at the next. An engine asks last, before it rests,
+        as long as it could do with more."""
+        with _lock:
+            self.hungry = True
+            return self.waiting()
+
+    def waiting(self) -> int:
+        """How many tasks and items wait, about: cancelled ones are counted until take() meets them."""
+        return len(self.pending) + self.uncut
+
+    def take(self, count: int) -> list[_Work]:
+        """Up to ``count``, lent from now on. If there are fewer, feed() comes at the next add()."""
+        taken: list[_Work] = []
+        with _lock:
+            while self.pending and len(taken) < count:
+                head = self.pending[0]
+                if isinstance(head, _Map):
+                    if head.abandoned:
+                        self.dropped.append(head.clear())
+                    if not head.left:
+                        self.dropped.append(self.pending.popleft())
+                        continue
+                    work: _Work = head.cut()
+                    self.works.add(work)
+                    if not head.left:
+                        self.pending.popleft()
+                else:
+                    self.pending.popleft()
+                    if head.place is not _PENDING:
+                        self.dropped.append(head)  # maybe the last reference, and this is a lock
+                        continue
+                    work = head
+                if work.abandoned:
+                    work.place = _CANCELLED
+                    self.untold.append(work)
+                    continue
+                work.place = _LENT
+                taken.append(work)
+            if len(taken) < count:
+                self.hungry = True
+        return taken
+
+    def put_back(self, works: Sequence[_Work]) -> None:
+        """They have not begun: pending again, and first in the queue; or cancelled, if nobody wants
+        them any more. No feed() comes for them: who puts back knows of it."""
+        with _lock:
+            wanted = []
+            for work in works:
+                if work.unwanted or work.abandoned or self.stage >= _Stage.DISCARDING:
+                    work.place = _CANCELLED
+                    self.untold.append(work)
+                else:
+                    work.place = _PENDING
+                    wanted.append(work)
+            self.pending.extendleft(reversed(wanted))
+
+    def stopped(self, work: _Work) -> None:
+        """What ran it was killed, and no end() comes."""
+        with _lock:
+            work.place = _CANCELLED
+            self.untold.append(work)
+
+    def end(self, outcomes: Sequence[tuple[_Work, Reply]]) -> None:
+        """What became of them. A batch, for a thread that reads replies has many at once."""
+        with _lock:
+            for work, _ in outcomes:
+                work.place = _ENDING
+        raised = None
+        thread = threading.get_ident()
+        self.telling[thread] += 1
+        try:
+            for work, reply in outcomes:
+                call, message = work.call, work.message
+                try:
+                    work.finish(reply)
+                except BaseException as error:
+                    raised = self.raised(error, raised)
+                    # A callback has left by sys.exit(), or a Ctrl-C came in the middle of telling.
+                    # Once more: what was told stays so, and what was not is told now.
+                    work.finish(reply)
+                work.core = work.call = work.message = None
+                del call, message
+        finally:
+            self.leave(thread)
+            with _lock:
+                for work, _ in outcomes:
+                    work.place = _DONE
+                self.works.difference_update([work for work, _ in outcomes])
+        if self.stage:
+            self.close_if_over()
+        if raised is not None:
+            raise raised
+
+    def settle(self) -> None:
+        """Under no lock: tell who was cancelled, drop what was dropped, do what was asked for."""
+        while self.untold or self.dropped or self.deferred:
+            # Another thread may be faster at any of them.
+            with contextlib.suppress(IndexError):
+                self.deferred.popleft()()
+            with contextlib.suppress(IndexError):
+                self.dropped.popleft()
+            if self.untold:
+                with contextlib.suppress(IndexError):
+                    self.tell([self.untold.popleft()])
+
+    # Between the two.
+
+    def add_first(self, chunks: Sequence[_Chunk]) -> None:
+        """What a chunk gives back is next to run."""
+        if not chunks:
+            return
+        with _lock:
+            self.works.update(chunks)
+            self.put_back(chunks)
+
+    def cancel_map(self, entry: _Work | _Map) -> Any:
+        """Cancel what is in no chunk; under ``_lock``, so the caller drops what it was."""
+        if not isinstance(entry, _Map) or not entry.left:
+            return None
+        entry.tell(entry.first, [], CancelledError())
+        return entry.clear()
+
+    def tell(self, works: Sequence[_Work]) -> None:
+        """Tell the futures of what is CANCELLED."""
+        raised = None
+        thread = threading.get_ident()
+        self.telling[thread] += 1
+        try:
+            for work in works:
+                call, message = work.call, work.message
+                work.call = work.message = None
+                try:
+                    work.finish_cancelled()
+                except BaseException as error:
+                    raised = self.raised(error, raised)
+                    work.finish_cancelled()
+                work.core = None
+                del call, message
+                with _lock:
+                    work.place = _DONE
+                    self.works.discard(work)
+        finally:
+            self.leave(thread)
+        if self.stage:
+            self.close_if_over()
+        if raised is not None:
+            raise raised
+
+    def raised(self, error: BaseException, before: BaseException | None) -> BaseException | None:
+        """What to raise when all are told: what leaves a callback in the main thread, a Ctrl-C
+        above all, goes on there. In any other thread, an engine's, it must not end the thread."""
+        if threading.current_thread() is threading.main_thread():
+            return before or error
+        _log.critical("Exception in a callback of a task", exc_info=error)
+        return before
+
+    def leave(self, thread: int) -> None:
+        self.telling[thread] -= 1
+        if not self.telling[thread]:
+            del self.telling[thread]
+
+    def close_if_over(self) -> None:
+        with _lock:
+            is_over = _Stage.OPEN < self.stage < _Stage.CLOSING
+            # A map has uncut items as long as it is among the pending.
+            if (
+                not is_over
+                or self.works
+                or any(isinstance(m, _Map) and m.left for m in self.pending)
+            ):
                 return
-            self.closing = True
+            self.stage = _Stage.CLOSING
         try:
             self.engine.close()
         finally:
-            with self.lock:
-                self.closed = True
-                self.ended.notify_all()
+            with _lock:
+                self.stage = _Stage.CLOSED
+                self.closed.notify_all()
 
     def forget(self) -> None:
         """In a forked child, which has none of our threads, and no right to our workers."""
-        self.lock = threading.RLock()
-        self.ended = threading.Condition(self.lock)
-        self.shut = self.closing = self.closed = True
+        self.engine = _Nothing()
+        self.engine.core = self
+        self.closed = threading.Condition(_lock)
+        self.stage = _Stage.CLOSED
         self.pending.clear()
-        self.running.clear()
+        self.works.clear()
 
 
 class _Executor(Executor):
-    """An executor over an engine; what it promises stands in the README."""
+    """An executor over an engine."""
 
     def __init__(self, engine: _Engine, max_workers: int, policy: CancellationPolicy) -> None:
         self._core = _Core(engine, max_workers, policy)
-        self._max_workers = max_workers  # read by dask and others, as the standard library's
         weakref.finalize(self, _drop, self._core).atexit = False
 
+    @property
+    def _max_workers(self) -> int:
+        """As the standard library's own executors have it, for dask and others read it."""
+        return self._core.engine.width(self._core.max_workers)
+
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Run ``fn(*args, **kwargs)`` on a worker, once there is room.
+        """Run ``fn(*args, **kwargs)`` on a worker.
 
         Raises:
             RuntimeError: after :meth:`shutdown`.
         """
-        task = _Task(fn, args, kwargs)
+        task = _Task(self._core, fn, args, kwargs)
         self._core.add(task)
         return task
 
@@ -1130,49 +1432,56 @@ class _Executor(Executor):
                 raise ValueError(f"{name} must be at least 1, or None; it is {value!r}")
         deadline = None if timeout is None else time.monotonic() + timeout
         core = self._core
-        mapping = _Mapping(core, fn, chunksize)
-        source: Iterator[tuple[Any, ...]] = zip(*iterables)
+        starred = len(iterables) != 1  # of one iterable, no item needs a tuple
+        source = _Map(core, fn, starred, chunksize)
+        unread: Iterator[Any] = zip(*iterables) if starred else iter(iterables[0])
         step = min(chunksize or 1, buffersize or 1)  # how many are read at a time, with buffersize
 
         def read(count: int | None) -> int:
-            items = list(islice(source, count))
-            if items:
-                core.add(mapping, items)
-            return len(items)
+            block = list(islice(unread, count))
+            block.reverse()
+            if block:
+                core.add(source, block)
+            return source.first + source.left
 
-        known = read(buffersize and buffersize // step * step)  # how many items there are
+        # Not what read() returns: some may be cut by now, and first has moved.
+        read(buffersize and buffersize // step * step)
         if buffersize is None:
-            source = iter(())  # zip() holds the first that it has yielded
+            unread = iter(())  # zip() holds the first that it has yielded
 
         def results() -> Iterator[T]:
-            nonlocal known
             _keep = self  # as long as somebody wants the results, the executor is not dropped
             index = yielded = 0
             try:
-                while index < known:
-                    with core.lock:
-                        while index not in mapping.outcomes:
+                while True:
+                    with _lock:
+                        while index not in source.outcomes:
+                            if index == source.first + source.left:
+                                return  # all that were read are yielded
                             left = None if deadline is None else deadline - time.monotonic()
-                            if (left is not None and left <= 0) or not mapping.changed.wait(left):
+                            if (left is not None and left <= 0) or not source.changed.wait(left):
                                 raise FutureTimeoutError(
                                     f"map() took longer than {timeout} seconds"
                                 )
-                        values, failure = mapping.outcomes.pop(index)
+                        values, failure = source.outcomes.pop(index)
                     index += len(values)
                     values.reverse()
+                    if buffersize is None:
+                        # By pop(), so that nobody holds what is yielded.
+                        yield from map(list.pop, repeat(values, len(values)))
                     while values:
-                        yield values.pop()  # keeps no reference to what it yields
+                        yield values.pop()
                         yielded += 1
-                        if buffersize is not None and yielded % step == 0:
-                            known += read(step)
+                        if yielded % step == 0:
+                            read(step)
                     if failure is not None:
                         try:
                             raise failure
                         finally:
                             del failure  # it holds this frame
             finally:
-                # No lock here: the garbage collector may close this anywhere, inside ours too.
-                mapping.abandoned = True
+                if index < source.first + source.left:
+                    source.abandon()
 
         return results()
 
@@ -1190,9 +1499,9 @@ class _Executor(Executor):
 
 def _drop(core: _Core) -> None:
     """End an executor that nobody has any more."""
-    # The garbage collector calls this in any thread, maybe inside our lock: never take it here.
-    # threading.Thread takes locks of its own, so it is the bare function. At the interpreter's
-    # exit no thread can start any more; there, _end_all() does what is to do.
+    # The collector calls this in any thread, maybe under a lock of its own or of somebody else's.
+    # threading.Thread takes locks, so it is the bare function. At the interpreter's exit no thread
+    # can start any more; there, _end_all() does what is to do.
     with contextlib.suppress(RuntimeError):
         _thread.start_new_thread(core.shutdown, (False,))
 
@@ -1206,8 +1515,33 @@ def _end_all() -> None:
         core.shutdown()
 
 
+def _at_exit(function: Callable[[], None], priority: int = 100) -> None:
+    """Call it when this process ends, in whichever way that is."""
+    # The handler called last is the one registered first: be before Ray's and multiprocessing's.
+    atexit.unregister(function)
+    atexit.register(function)
+    # A process of multiprocessing (a loky worker, a child of ProcessPoolExecutor) leaves by
+    # os._exit() and runs no atexit handler, but its own finalizers, those of highest priority first.
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None and process.parent_process() is not None:
+        from multiprocessing import util
+
+        key = (function, os.getpid())
+        if key not in _registered:
+            _registered.add(key)
+            util.Finalize(None, function, exitpriority=priority)
+
+
+_registered: set[tuple[Callable[[], None], int]] = (
+    set()
+)  # what this process has told multiprocessing
+
+
 def _forget_all() -> None:
-    for core in _Core.live:
+    """In a forked child: whoever held a lock in the parent is not here to release it."""
+    global _lock, _engine_lock
+    _lock, _engine_lock = threading.RLock(), threading.RLock()
+    for core in list(_Core.live):
         core.forget()
 
 
@@ -1225,23 +1559,35 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
     standard library's modules, which cloudpickle sends as such.
     """
 
-    def run(fn: Callable[..., Any], items: Items, kwargs: dict[str, Any], budget: float) -> Reply:
-        """Call ``fn`` for each item, until one fails or ``budget`` seconds are over."""
+    def run(fn: Callable[..., Any], arguments: Any, how: Any, budget: float | None) -> Reply:
+        """Run a call. Of a chunk, no further item is begun when one fails or the budget is over."""
         values: list[Any] = []
         error = None
-        started = time.perf_counter()
-        for args in items:
-            try:
-                values.append(fn(*args, **kwargs))
-            except BaseException as raised:
-                # Without this frame, which would hold the arguments.
-                tb = raised.__traceback__
-                error = raised.with_traceback(tb and tb.tb_next)
-                break
-            if time.perf_counter() - started > budget:
-                break
+        clock = time.perf_counter
+        started = clock()
         try:
-            return values, error, len(values) + (error is not None), time.perf_counter() - started
+            if budget is None:
+                values.append(fn(*arguments, **how))
+            elif budget == float("inf"):
+                values.extend(itertools.starmap(fn, arguments) if how else map(fn, arguments))
+            else:
+                # In blocks that take an eighth of the budget, so that C code runs them and the
+                # clock costs nothing. extend() keeps what came before an exception.
+                size = 1
+                while len(values) < len(arguments):
+                    block = arguments[len(values) : len(values) + size]
+                    values.extend(itertools.starmap(fn, block) if how else map(fn, block))
+                    spent = clock() - started
+                    if spent > budget:
+                        break
+                    fits = len(values) * budget / (8 * spent + 1e-9)
+                    size = max(min(int(fits), 4 * size), 1)
+        except BaseException as raised:
+            # Without this frame, which would hold the arguments.
+            tb = raised.__traceback__
+            error = raised.with_traceback(tb and tb.tb_next)
+        try:
+            return values, error, len(values) + (error is not None), clock() - started
         finally:
             del error  # or it and this frame hold each other
 
@@ -1263,36 +1609,74 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
             what = f"Could not pickle the exception that a task raised, {type(error).__name__}"
             return pickle.dumps(pickle.PicklingError(f"{what}: {said(reason)}")), text
 
+    class Plain(pickle.Pickler):
+        """C code all through: it asks this about what is not of a builtin type, and gives up."""
+
+        def reducer_override(self, value: object) -> Any:
+            raise pickle.PicklingError
+
     def seal(reply: Reply, dumps: Callable[..., bytes], buffers: list[Any] | None = None) -> bytes:
-        """The pickle of a reply, or else of the failure to pickle it; its buffers go to a list."""
-        keep = None if buffers is None else buffers.append
+        """The pickle of a reply, or else of the failure to pickle it; its buffers go to a list.
+
+        Results of a chunk that are not plain are pickled one by one, into a tuple: one that can't
+        be pickled, or not be unpickled, then costs itself alone.
+        """
         values, error, begun, seconds = reply
-        try:
-            return dumps((values, pack(error, dumps), begun, seconds), buffer_callback=keep)
-        except BaseException as raised:
-            reason = raised
-        # One of the results, then. The first that can't be pickled fails; those after it are never
-        # asked for. If each alone can be, the last one has to stand for all.
-        good, value = 0, None
-        for good, value in enumerate(values):
+        if error is None and buffers is None:
+            with contextlib.suppress(Exception):
+                file = io.BytesIO()
+                Plain(file, 5).dump(reply)
+                return file.getvalue()
+        keep = None if buffers is None else buffers.append
+        reason: BaseException = pickle.PicklingError()
+        if len(values) <= 1 or buffers is not None:
             try:
-                dumps(value)
+                return dumps((values, pack(error, dumps), begun, seconds), buffer_callback=keep)
             except BaseException as raised:
                 reason = raised
+        good: list[Any] = []
+        value = None
+        for value in values:
+            try:
+                good.append(dumps(value))
+            except BaseException as raised:
+                # Those after it are never asked for.
+                reason = raised
                 break
-        error = reason  # sys.exit(), say, stays what it is
+        else:
+            if len(values) > 1 and buffers is None:
+                return pickle.dumps((tuple(good), pack(error, dumps), begun, seconds))
+            good = good[:-1]  # each alone can be pickled, all can't: the last one stands for them
+        failure = reason  # sys.exit(), say, stays what it is
         if isinstance(reason, Exception):
             what = f"Could not pickle the result of a task, {type(value).__name__}: {said(reason)}"
-            error = pickle.PicklingError(what).with_traceback(reason.__traceback__)
+            failure = pickle.PicklingError(what).with_traceback(reason.__traceback__)
         if buffers is not None:
             buffers.clear()
-        return dumps((values[:good], pack(error, dumps), begun, seconds), buffer_callback=keep)
+        return pickle.dumps((tuple(good), pack(failure, dumps), begun, seconds))
 
-    def serve(connection: Any, parent: int, lifeline: Any, dumps: Callable[..., bytes]) -> None:
-        """The life of a worker process: read a call, run it, write its reply."""
+    def serve(
+        connection: Any,
+        permits: tuple[Any, Any] | None,
+        parent: int,
+        lifeline: Any,
+        method: Any,
+        dumps: Callable[..., bytes],
+    ) -> None:
+        """The life of a worker process: read a batch of calls, run them, reply to each.
+
+        It says that it is ready with an empty message, and with another one whenever calls of the
+        batch that it works on have been taken back.
+        """
         import faulthandler
         import multiprocessing
 
+        with contextlib.suppress(OSError):
+            # What this process was born with is its own: what a task starts must not hold our
+            # connection open when we are gone.
+            for name in os.listdir("/dev/fd"):
+                with contextlib.suppress(OSError):
+                    os.set_inheritable(int(name), int(name) < 3)
         if sys.platform != "win32":
             # A group of its own: the terminal's Ctrl-C is for the parent alone, and what a task
             # has started is killed together with it.
@@ -1320,14 +1704,40 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
                     os._exit(1)
 
             threading.Thread(target=watch, daemon=True).start()
-        if not faulthandler.is_enabled() and sys.stderr is not None:
-            faulthandler.enable()
+        if not faulthandler.is_enabled():
+            with contextlib.suppress(Exception):  # stderr may be None, or closed
+                faulthandler.enable()
+        # loky has made its own way to start processes the default. A task has the main program's.
+        multiprocessing.set_start_method(method, force=True)
+
+        def state() -> tuple[Any, ...]:
+            """What the next executor must not find otherwise than in a fresh process."""
+            folder = None
+            with contextlib.suppress(OSError):
+                folder = os.getcwd()
+            return folder, dict(os.environ), list(sys.path)
 
         # Mapped files stay mapped from task to task, for which page faults would take longer
         # than many a task, but no longer than a second: they may be large, and gone elsewhere.
         maps: dict[str, Any] = {}
         process: Any = multiprocessing.current_process()
         process.parallel_backend_maps = maps  # map_file comes by value: this both can find
+
+        def send(data: bytes) -> None:
+            """As Connection.send_bytes() does, in a quarter of its time."""
+            if sys.platform == "win32" or len(data) >= 1 << 31:
+                connection.send_bytes(data)
+                return
+            data = len(data).to_bytes(4, "big") + data
+            try:
+                while data:
+                    data = data[os.write(connection.fileno(), data) :]
+            except BrokenPipeError:
+                os._exit(1)  # nobody is there to hear it
+
+        loads = pickle.loads
+        born = state()
+        send(b"")
         while True:
             try:
                 if maps and not connection.poll(1):
@@ -1335,18 +1745,44 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
                 message = connection.recv_bytes()
             except (EOFError, OSError):
                 return
-            try:
-                call = pickle.loads(message)
-            except BaseException as error:
-                message = dumps(([], pack(error, dumps), 0, 0.0))
-            else:
-                del message
-                reply = run(*call)
-                del call
-                message = seal(reply, dumps)
-                del reply
-            connection.send_bytes(message)
-            del message
+            if not message:  # the executor has ended: is this process good for another one?
+                maps.clear()
+                if state() != born:
+                    return
+                send(b"")
+                continue
+            slot, path, calls = loads(message)
+            if path is not None:
+                sys.path[:] = path  # the program has changed it since this process was started
+                born = (*born[:2], path)
+            acquire = permits[slot].acquire if permits is not None else None
+            calls.reverse()
+            while calls:
+                # Only with a permit of its batch, and only when all before it is replied to: so
+                # the driver, which takes back by taking permits, knows that at most one has begun.
+                if acquire is not None and not acquire(False):
+                    send(b"")
+                    break
+                head, body = calls.pop()
+                try:
+                    call = loads(body)
+                    if head is not None:
+                        call = (loads(head), *call)
+                except BaseException as error:
+                    data = dumps(([], pack(error, dumps), 0, 0.0))
+                else:
+                    reply: Any = run(*call)
+                    # A call holds its arguments, and they what they like.
+                    call = head = body = None
+                    data = seal(reply, dumps)
+                    reply = ()
+                # What a task has printed is out when its result is: the process may be killed next.
+                for stream in (sys.stdout, sys.stderr):
+                    with contextlib.suppress(Exception):  # None, closed, or nobody reads it
+                        stream.flush()
+                send(data)
+                data = b""
+            message = calls = None
 
     def map_file(path: str, spans: list[tuple[int, int]]) -> Any:
         """Load an object from a file of :class:`_Shared`."""
@@ -1401,11 +1837,17 @@ def _caused(error: BaseException, cause: BaseException) -> BaseException:
 
 def _opened(data: bytes | None, rest: Any, name: str, count: int) -> Reply:
     """The reply that a worker has sealed: its pickle and buffers, or None and the reply itself."""
+    opened: list[Any] = []
+    packed, begun, seconds = None, count, 0.0
     try:
-        reply = rest if data is None else pickle.loads(data, buffers=rest)
+        values, packed, begun, seconds = rest if data is None else pickle.loads(data, buffers=rest)
+        if isinstance(values, tuple):  # each was pickled by itself
+            for value in values:
+                opened.append(pickle.loads(value))
+            values = opened
     except BaseException as error:
-        return [], _broken(f"The result of {name} could not be unpickled", error), count, 0.0
-    values, packed, begun, seconds = reply
+        failure = _broken(f"The result of {name} could not be unpickled", error)
+        return opened, failure, begun, seconds
     return values, _unpack(packed, name, begun), begun, seconds
 
 
@@ -1422,51 +1864,178 @@ def _unpicklable(name: str, reason: BaseException) -> BaseException:
     return _caused(pickle.PicklingError(message), reason)
 
 
-def _name(work: _Work) -> str:
+def _name(call: Call | None) -> str:
     """What to call a task in an error."""
-    fn = work.call[0] if work.call else work
     try:
-        return str(cast("Any", fn).__qualname__)
+        return str(cast("Any", call)[0].__qualname__)
     except Exception:
-        return f"a {type(fn).__name__}"
+        return "a task" if call is None else f"a {type(call[0]).__name__}"
 
 
-def _required(package: str) -> ModuleType:
+def _count(call: Call | None) -> int:
+    """How many items a call has."""
+    return 1 if call is None or call[3] is None else len(call[1])
+
+
+def _import_or_explain(package: str) -> ModuleType:
     """A package that a backend can't do without, or a module of one."""
     top = package.partition(".")[0]
-    try:
-        # By itself: where it is blocked, an error of its submodule's import may name otherwise.
-        importlib.import_module(top)
-    except ImportError as error:
-        if error.name not in (top, None):
-            raise  # it is there, but broken
-        raise ImportError(f"This backend needs {top}: pip install {top}", name=top) from error
+    if package not in sys.modules:
+        try:
+            with warnings.catch_warnings():
+                # Without semaphores (no /dev/shm, say) joblib says so, which is untrue of us.
+                warnings.filterwarnings("ignore", message=".*joblib will operate in serial mode")
+                # By itself: where it is blocked, its submodule's import may name another.
+                importlib.import_module(top)
+        except ImportError as error:
+            if error.name not in (top, None):
+                raise  # it is there, but broken
+            raise ImportError(f"This backend needs {top}: pip install {top}", name=top) from error
     return importlib.import_module(package)
 
 
-# --- sequential -------------------------------------------------------------------------------
+# --- in the calling thread, and over any other executor ---------------------------------------
 
 
 class _InlineEngine(_Engine):
-    """Runs a task in the thread that submits it, or in the one that makes room for it."""
+    """Runs a task in the thread that submits it."""
 
-    inline = True
+    chunk_seconds = 0.0
 
     def __init__(self) -> None:
-        self.depths: collections.Counter[int] = collections.Counter()  # of tasks in each thread
+        # One at a time. Reentrant, for a task may submit another one and wait for it.
+        self.turn = threading.RLock()
+        self.depth = 0  # of tasks in tasks; under turn
 
-    def limit(self, max_workers: int) -> int:
-        # One; but a task that submits another one, and waits for it, must not wait for ever.
-        return 1 + self.depths[threading.get_ident()]
+    def feed(self) -> None:
+        core = self.core
+        if _under_a_lock():
+            core.deferred.append(self.feed)  # a __del__ has submitted
+            return
+        with self.turn:
+            if not self.depth:
+                # What is lent now, a Ctrl-C has taken out of the hands of the thread that ran it.
+                lost = [work for work in [*core.works] if work.place is _LENT]
+                core.end([(work, ([], KeyboardInterrupt(), 1, 0.0)) for work in lost])
+            self.depth += 1
+            taken: list[_Work] = []
+            try:
+                # Two are asked for, and there is one at most: so feed() comes at every add(), that
+                # of a task which submits, too.
+                while taken := core.take(2):
+                    while taken:
+                        self.run(taken.pop(0))
+            finally:
+                self.depth -= 1
+                core.put_back(taken)
+        core.settle()
 
-    def start(self, work: _Work, done: Callable[[_Work, Reply], None]) -> Reply | None:
-        assert work.call is not None
-        thread = threading.get_ident()
-        self.depths[thread] += 1
+    def run(self, work: _Work) -> None:
+        call = work.call
+        assert call is not None  # nobody takes back what this has been lent
+        reply = cast("Reply", _run(*call))
+        del call
+        self.core.end([(work, reply)])
+        if isinstance(reply[1], KeyboardInterrupt):
+            raise reply[1]  # of a task in this thread, but meant for the program
+
+    def take_back(self, works: list[_Work]) -> None:
+        pass  # it has none that does not run
+
+    def inside(self) -> bool:
+        return self.depth > 0 and cast("Any", self.turn)._is_owned()  # as in _under_a_lock()
+
+
+class _OverEngine(_Engine):
+    """Any other executor: it gets as many tasks as it can run, and gives back by Future.cancel()."""
+
+    def __init__(self, executor: Executor, max_workers: int) -> None:
+        self.executor = executor
+        self.max_workers = max_workers
+        self.inner: dict[_Work, Future[Any] | None] = {}
+        """What was lent, and its future; None while it is being submitted. Under _engine_lock."""
+        self.returning: Future[Any] | None = None  # the one that take_back() is about to cancel
+
+    def feed(self) -> None:
+        core = self.core
+        if _under_a_lock():
+            core.deferred.append(self.feed)  # a __del__ has submitted
+            return
+        while True:
+            with _engine_lock:
+                taken = core.take(self.max_workers - len(self.inner))
+                self.inner.update(dict.fromkeys(taken))
+            core.settle()
+            if not taken:
+                return
+            for work in taken:
+                self.start(work, cast("Call", work.call))
+
+    def start(self, work: _Work, call: Call) -> None:
         try:
-            return cast("Reply", _run(*work.call))
-        finally:
-            self.depths[thread] -= 1
+            inner = self.executor.submit(_portable_run, *call)
+        except BaseException as error:
+            self.over(work, ([], error, _count(call), 0.0))
+            if not isinstance(error, Exception):
+                raise
+            return
+        with _engine_lock:
+            self.inner[work] = inner
+        inner.add_done_callback(functools.partial(self.heard, work))
+
+    def heard(self, work: _Work, inner: Future[Any]) -> None:
+        if inner is self.returning:
+            return
+        if inner.cancelled():
+            # Not by us: a dask client that closes, say.
+            with _engine_lock:
+                del self.inner[work]
+                self.core.stopped(work)
+            self.core.settle()
+        elif (error := inner.exception()) is not None:
+            self.over(work, ([], error, _count(work.call), 0.0))
+        else:
+            self.over(work, inner.result())
+
+    def over(self, work: _Work, reply: Reply) -> None:
+        with _engine_lock:
+            del self.inner[work]
+        self.core.end([(work, reply)])
+        self.feed()
+
+    def take_back(self, works: list[_Work]) -> None:
+        for work in works:
+            with _engine_lock:
+                self.returning = inner = self.inner.get(work)
+                # Under the lock, for nobody else has this future, so no callback runs but ours.
+                if inner is not None and inner.cancel():
+                    del self.inner[work]
+                    self.core.put_back([work])
+                self.returning = None
+        self.core.settle()
+        self.feed()
+
+    def running(self, work: _Work) -> bool:
+        inner = self.inner.get(work)
+        return inner is not None and inner.running()
+
+    def close(self) -> None:
+        self.executor.shutdown(wait=False)
+
+
+class _Portable:
+    """The function that runs a call, for executors whose workers may not have this file."""
+
+    def __call__(self, *call: Any) -> Reply:
+        return cast("Reply", _run(*call))
+
+    def __reduce__(self) -> Any:
+        with contextlib.suppress(ImportError):
+            return pickle.loads, (_cloudpickle().dumps(_run),)
+        return "_portable_run"  # by name
+
+
+_portable_run = _Portable()
 
 
 class _EngineBackend(ParallelBackend):
@@ -1483,15 +2052,16 @@ class _EngineBackend(ParallelBackend):
         **options: Any,
     ) -> Executor:
         policy = _as_policy(cancel_futures)
-        if isinstance(max_workers, bool) or not isinstance(max_workers, (int, type(None))):
-            raise TypeError(f"max_workers must be an int, not {max_workers!r}")
-        if max_workers is not None and max_workers < 1:
-            raise ValueError("max_workers must be greater than 0")
+        _check_max_workers(max_workers)
         if config is not None:
             bounded: Any = cls._configured(config)
             return cast("Executor", bounded.executor(max_workers, cancel_futures=policy, **options))
-        workers = min(max_workers or cls.effective_n_jobs(-1), cls._n_cpus_local or sys.maxsize)
+        workers = min(max_workers or cls._default_workers(), cls._n_cpus_local or sys.maxsize)
         return _Executor(cls._engine(workers, **options), workers, policy)
+
+    @classmethod
+    def _default_workers(cls) -> int:
+        return cls.effective_n_jobs(-1)
 
     @classmethod
     @abc.abstractmethod
@@ -1507,261 +2077,325 @@ class SequentialParallelBackend(_EngineBackend, backend_name="sequential"):
         return _InlineEngine()
 
 
-# --- joblib -----------------------------------------------------------------------------------
+# --- joblib: processes ------------------------------------------------------------------------
+#
+# How a worker process is started, owned and ended, wherever this runs.
 
 IDLE_SECONDS = 60  # after which a worker without a task ends
 
 
+_JOBLIB_IS_QUIET = "ignore::UserWarning:joblib._multiprocessing_helpers"
+"""Where there are no semaphores, joblib warns that it "will operate in serial mode"; we do not."""
+
+
 def _loky_tracker() -> ModuleType:
     """loky's process that outlives this one to remove its files; no public name of joblib's."""
-    return _required("joblib.externals.loky.backend.resource_tracker")
+    has_semaphores = _import_or_explain("joblib._multiprocessing_helpers").mp is not None
+    if not has_semaphores and _JOBLIB_IS_QUIET not in sys.warnoptions:
+        sys.warnoptions.append(_JOBLIB_IS_QUIET)  # which the tracker, once started, inherits
+    return _import_or_explain("joblib.externals.loky.backend.resource_tracker")
 
 
-class _LokyWorker:
-    """A loky process and the thread of ours that drives it.
+class _Process:
+    """A process of loky's: a fresh interpreter, which does not run ``__main__`` anew.
 
     loky's own executor is not used: one dead worker breaks all of it, and what waits inside it
-    can't be told from what runs. Here a process's death costs the task it ran, no other.
+    can't be told from what runs. Its context is no public name of joblib's, but is there since
+    joblib 0.12.
     """
 
-    alive: ClassVar[weakref.WeakSet[_LokyWorker]] = weakref.WeakSet()
+    alive: ClassVar[set[_Process]] = set()  # all until end(), lest one be forgotten and live on
     spawning: ClassVar[dict[Any, int]] = {}
     """The far ends of connections to processes that are being started, and by which thread."""
 
-    def __init__(self, env: dict[str, str], shape: tuple[object, ...]) -> None:
-        self.env = env
-        self.shape = shape
-        self.engines: queue.SimpleQueue[_LokyEngine | None] = queue.SimpleQueue()
-        """Whom to work for next; None: no more."""
-        self.lock = threading.Lock()  # guards process and work: only what runs work may be killed
-        self.process: Any = None
-        self.connection: Any = None
-        self.lifeline: Any = None
-        self.work: _Work | None = None
-        self.crashed = False
-        self.alive.add(self)
-        threading.Thread(target=self._live, name="parallel_backend worker", daemon=True).start()
+    def __init__(self, env: dict[str, str]) -> None:
+        import multiprocessing
+        from multiprocessing import resource_tracker
 
-    def _live(self) -> None:
-        while True:
-            try:
-                engine = self.engines.get(timeout=IDLE_SECONDS)
-            except queue.Empty:
-                try:
-                    _LokyEngine.parked.remove(self)  # atomic
-                except ValueError:
-                    continue  # an engine has just taken it
-                break
-            if engine is None:
-                break
-            while self._work_for(engine):
-                pass
-            del engine  # not to be held while waiting
-        self.kill()
-
-    def _work_for(self, engine: _LokyEngine) -> bool:
-        """Run one task of the engine; whether there may be another."""
+        # What it inherits is what holds when it is started, not when its executor was made.
+        self.shape = _shape(env)
+        self.path = list(sys.path)
+        self.up = False  # it has said that it is ready
+        self.ended = threading.RLock()  # guards the next: who reaps it, and that it is done once
+        self.exitcode: int | None = None
+        self.gone = False
+        self.permits: tuple[_Semaphore, _Semaphore] | None = None
         try:
-            order = engine.orders.get(timeout=IDLE_SECONDS if self.process else None)
-        except queue.Empty:
-            self.kill()
-            return True
-        if order is None:
-            return False
-        work, done = order
-        try:
-            reply = self._execute(work)
-        except BaseException as error:  # of ours; a thread that ends would leave all waiting
-            reply = [], error, 1, 0.0
-        engine.clean &= not self.crashed
-        done(work, reply)
-        with engine.lock:
-            engine.taken -= 1
-        return True
-
-    def _execute(self, work: _Work) -> Reply:
-        call = work.call
-        if call is None:
-            return [], CancelledError(), 1, 0.0  # finished already, by a Ctrl-C in start()
-        name, count = _name(work), len(call[1])
-        try:
-            message = _dumps(call)
-        except BaseException as error:
-            return [], _unpicklable(name, error), 0, 0.0
-        del call
-        with self.lock:
-            if work.stopped:
-                return [], CancelledError(), count, 0.0
-            self.work = work  # from now on, stop() finds it
-        try:
-            if self.process is None or not self.process.is_alive():
-                self.kill()
-                self._spawn(work)
-            self.connection.send_bytes(message)
-            del message
-            reply = self.connection.recv_bytes()
-        except BaseException as error:
-            # It could not be started, or is gone; or it is out of step with us, if this end failed.
-            failure = error if self.process is None else self._died(name)
-            return [], failure, count, 0.0
-        finally:
-            with self.lock:
-                self.work = None
-            if work.stopped:
-                self.kill()  # the signal may be on its way, and must not hit the next task
-        return _opened(reply, (), name, count)
-
-    def _spawn(self, work: _Work) -> None:
-        from multiprocessing import Pipe, resource_tracker
-
-        # loky's process starts a fresh interpreter that does not run __main__ anew. Its context
-        # is no public name of joblib's, but has been there since joblib 0.12.
-        context = _required("joblib.externals.loky.backend").get_context("loky")
+            self.permits = _Semaphore(), _Semaphore()
+        except (ImportError, OSError):
+            # AWS Lambda and Android have none; nor is there one without /dev/shm. Then it is given
+            # one call at a time.
+            given = env.get("PYTHONWARNINGS", os.environ.get("PYTHONWARNINGS"))
+            quiet = ",".join(filter(None, [given, _JOBLIB_IS_QUIET]))
+            env = {**env, "PYTHONWARNINGS": quiet}
+        context = _import_or_explain("joblib.externals.loky.backend").get_context("loky")
         if sys.platform != "win32":
             # The process inherits the mask and is safe from Ctrl-C while it starts. To start one
-            # of the trackers, which start() would do, removes the mask: so it is done before.
+            # of the trackers, which a start would do, removes the mask: so it is done before.
             resource_tracker.ensure_running()
             _loky_tracker().ensure_running()
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        ours, theirs = Pipe()
-        watched, self.lifeline = Pipe(duplex=False)  # its end tells the process of ours
-        self.spawning[theirs] = threading.get_ident()
+        with contextlib.ExitStack() as opened:
+            opened.callback(self.unlink)
+            self.connection, theirs = multiprocessing.Pipe()
+            opened.callback(self.connection.close)
+            self.lifeline = watched = None
+            if sys.platform != "linux":  # there, the kernel tells it that we are gone
+                watched, self.lifeline = multiprocessing.Pipe(duplex=False)
+                opened.callback(self.lifeline.close)
+            self.spawning[theirs] = threading.get_ident()
+            try:
+                method = multiprocessing.get_start_method(allow_none=True)
+                args = theirs, self.permits, os.getpid(), watched, method, _cloudpickle().dumps
+                # daemon=False: its tasks may have children of their own, even if this is a daemon.
+                process = context.Process(target=_serve, args=args, env=env, daemon=False)
+                self.popen = self.start(process)
+            finally:
+                self.spawning.pop(theirs)
+                theirs.close()
+                if watched is not None:
+                    watched.close()
+            opened.pop_all()
+        self.pidfd: int | None = None
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):  # an old kernel, or descriptors are short
+                self.pidfd = os.pidfd_open(self.popen.pid)
+        self.alive.add(self)
+
+    @staticmethod
+    def start(process: Any) -> Any:
+        """Start it through its Popen and not by process.start(), which
+
+        - enters it among the children of this process that multiprocessing joins when this ends:
+          for ever, where this is itself a process of multiprocessing and a task runs;
+        - refuses a daemonic process, as multiprocessing.Pool's are, any child.
+        """
+        if sys.platform == "win32":
+            return process._Popen(process)
+        folder = None
         try:
-            args = theirs, os.getpid(), watched, _cloudpickle().dumps
-            process = context.Process(target=_serve, args=args, env=self.env)
-            process.start()
-        except BaseException:
-            ours.close()
-            raise
+            os.getcwd()
+        except OSError:
+            # The working directory was removed, and loky asks for it. A descriptor leads back.
+            folder = os.open(".", os.O_RDONLY)
+            os.chdir("/")
+        try:
+            return _quiet_popen()(process)
         finally:
-            self.spawning.pop(theirs)
-            theirs.close()
-            watched.close()
-        self.connection = ours
-        with self.lock:
-            self.process = process
-            if work.stopped:  # stop() came too early to find a process
-                _kill(process)
+            if folder is not None:
+                os.fchdir(folder)
+                os.close(folder)
 
-    def _died(self, name: str) -> BaseException:
-        process = self.process
-        self.crashed = True
-        process.join(1)  # it has closed its connection, so it is gone, or as good as
-        code = process.exitcode
-        self.kill()
-        how = "in a way unknown" if code is None else f"with exit code {code}"
-        if code is not None and code < 0:
-            how = f"by signal {-code} ({signal.Signals(-code).name})"
-        return _broken(
-            f"A worker process ended {how} while it ran {name}. It may have crashed in native code, "
-            "have called os._exit(), or have been killed for its memory. Only what it ran is lost; "
-            "the executor goes on."
-        )
-
-    def stop(self, work: _Work) -> None:
-        """Kill the process, if it is this work that it runs."""
-        with self.lock:
-            if self.work is work and self.process is not None:
-                _kill(self.process)
+    def unlink(self) -> None:
+        """The worker has opened its semaphores, or never will: their names can go."""
+        for permit in self.permits or ():
+            permit.unlink()
 
     def kill(self) -> None:
-        """End the process, if there is one, and wait until it is gone."""
-        with self.lock:
-            process, self.process = self.process, None
-            if process is not None:
-                _kill(process)
-        if process is not None:
-            process.join()
+        """SIGKILL to it and all that it has started. Only as long as nobody may have reaped it."""
+        if sys.platform == "win32":
+            self.popen.terminate()
+            return
+        for kill in (os.killpg, os.kill):  # it may have no group yet
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                kill(self.popen.pid, signal.SIGKILL)
+                return
+
+    def end(self) -> None:
+        """Kill it, wait until it is gone, and give back what it has held."""
+        with self.ended:
+            if self.gone:
+                return
+            if self.popen.returncode is None:  # else its id may be another's by now
+                self.kill()
+            self.exitcode = self.popen.wait()
+            self.gone = True
+            self.alive.discard(self)
+            self.unlink()
             self.connection.close()
-            self.lifeline.close()
+            if self.lifeline is not None:
+                self.lifeline.close()
+            if self.pidfd is not None:
+                os.close(self.pidfd)
+
+    def has_died(self) -> bool:
+        with self.ended:
+            return self.gone or self.popen.poll() is not None
+
+    def how_it_ended(self) -> str:
+        code = self.exitcode
+        if code is None:
+            return "in a way unknown"
+        if code < 0:
+            return f"by signal {-code} ({signal.Signals(-code).name})"
+        return f"with exit code {code}"
 
 
-def _kill(process: Any) -> None:
-    """SIGKILL to a worker process and all that it has started."""
-    if sys.platform == "win32":
-        process.terminate()
-        return
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-        return
-    if process.exitcode is None:  # it has no group yet
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
+class _Semaphore:
+    """A counting semaphore that one other process can open.
+
+    loky's and multiprocessing's keep its name until it is dropped, and loky's tracker warns of all
+    that a hard exit leaves. Here it goes when the worker is up: then there is nothing to leave. The
+    class underneath is private, but what both are made of, since Python 2.6.
+    """
+
+    def __init__(self) -> None:
+        _multiprocessing: Any = importlib.import_module("_multiprocessing")
+
+        self.name = f"/parallel-{os.getpid() % 10**6}-{os.urandom(4).hex()}"  # macOS takes 31 bytes
+        # 1: a semaphore; from 0, and no bound that matters
+        self.semlock = _multiprocessing.SemLock(1, 0, 1 << 15, self.name, False)
+        _loky_tracker().register(self.name, "semlock")  # should we be killed before unlink()
+        self.owner: int | None = os.getpid()
+        self.acquire = self.semlock.acquire
+        self.release = self.semlock.release
+
+    def unlink(self) -> None:
+        _multiprocessing: Any = importlib.import_module("_multiprocessing")
+
+        owner, self.owner = self.owner, None
+        if owner == os.getpid() and sys.platform != "win32":
+            _multiprocessing.sem_unlink(self.name)
+            _loky_tracker().unregister(self.name, "semlock")
+
+    def __reduce__(self) -> Any:
+        _multiprocessing: Any = importlib.import_module("_multiprocessing")
+
+        handle = self.semlock.handle
+        if sys.platform == "win32":  # where it has no name, but a handle to be duplicated
+            from multiprocessing.context import get_spawning_popen
+
+            handle = cast("Any", get_spawning_popen()).duplicate_for_child(handle)
+            return _multiprocessing.SemLock._rebuild, (handle, 1, 1 << 15, None)
+        return _multiprocessing.SemLock._rebuild, (handle, 1, 1 << 15, self.name)
 
 
-class _LokyEngine(_Engine):
-    """Puts tasks into a queue, from which its workers take them."""
+@functools.cache
+def _quiet_popen() -> Any:
+    """loky's Popen for Linux and macOS, without its first step: it flushes stdout and stderr, and
+    a service may have none, or have closed them. The rest is a method of its own since loky 1.0."""
+    loky = _import_or_explain("joblib.externals.loky.backend.popen_loky_posix")
 
-    stoppable = True
-    parked: ClassVar[list[_LokyWorker]] = []
-    """Warm workers of executors that ended well, for the next one of the same shape."""
+    class Popen(loky.Popen):  # type: ignore[misc, name-defined]  # a module found at run time
+        __module__ = loky.__name__  # what the new process runs
 
-    def __init__(self, max_workers: int, env: dict[str, str]) -> None:
-        self.max_workers = max_workers
-        self.env = env
-        # What a new process would inherit: only for whom it is the same may a warm one do.
-        self.shape = (os.path.abspath("."), *sys.path, *{**os.environ, **env}.items())
-        self.lock = threading.Lock()  # guards workers and taken
-        self.workers: list[_LokyWorker] = []
-        self.clean = True  # no worker was stopped or has crashed: they may serve another executor
-        self.taken = 0  # tasks that wait in orders, run, or whose callbacks do
-        self.orders: queue.SimpleQueue[tuple[_Work, Callable[..., None]] | None] = (
-            queue.SimpleQueue()
-        )
-        atexit.unregister(_kill_workers)
-        atexit.register(_kill_workers)
+        def __init__(self, process: Any) -> None:
+            self.returncode = None
+            self._fds: list[int] = []
+            self._launch(process)
 
-    def start(self, work: _Work, done: Callable[[_Work, Reply], None]) -> Reply | None:
-        with self.lock:
-            if len(self.workers) < min(self.taken + 1, self.max_workers):
-                worker = self.adopt() or _LokyWorker(self.env, self.shape)
-                self.workers.append(worker)
-                worker.engines.put(self)
-            self.taken += 1
-        self.orders.put((work, done))
-        return None
+    return Popen
 
-    def adopt(self) -> _LokyWorker | None:
-        for worker in self.parked[::-1]:
-            if worker.shape == self.shape:
+
+def _shape(env: dict[str, str]) -> tuple[Any, ...]:
+    """What a new process would inherit: only for whom it is the same may a warm one do."""
+    folder = None
+    with contextlib.suppress(OSError):  # it has been removed
+        folder = os.getcwd()
+    return folder, tuple(sys.path), tuple({**os.environ, **env}.items())
+
+
+class _Starter:
+    """Starts processes for engines, and keeps those that they no longer need for the next one.
+
+    In a thread that outlives every executor: the kernel ends a worker with the *thread* that has
+    started it (PR_SET_PDEATHSIG). And away from the threads that read replies, since a start takes
+    some 10 ms.
+    """
+
+    def __init__(self) -> None:
+        self.orders: queue.SimpleQueue[_LokyEngine | None] = queue.SimpleQueue()
+        self.thread: threading.Thread | None = None
+        self.starting = threading.RLock()  # held while a process is started
+        self.kept: list[tuple[float, _Process]] = []
+        """Warm processes, and since when: its methods are atomic, so there is no lock. The first
+        is the one kept longest."""
+
+    def order(self, engine: _LokyEngine | None) -> None:
+        with _engine_lock:
+            if self.thread is None:
+                thread = threading.Thread(
+                    target=self.live, name="parallel_backend starter", daemon=True
+                )
+                thread.start()
+                self.thread = thread
+            self.orders.put(engine)
+
+    def live(self) -> None:
+        while True:
+            with _engine_lock:  # so that no order comes in between
+                if self.orders.empty() and not _Process.alive:
+                    self.thread = None  # none that it has started would end with it
+                    return
+            engine = None
+            with contextlib.suppress(queue.Empty):
+                engine = self.orders.get(timeout=IDLE_SECONDS)
+            if engine is not None:
+                self.start_for(engine)
+            del engine  # not to be held while waiting
+            self.drop_all_but(0, before=time.monotonic() - IDLE_SECONDS)
+
+    def start_for(self, engine: _LokyEngine) -> None:
+        process: _Process | None = None
+        error: BaseException | None = None
+        with self.starting:
+            if not engine.closing:
+                try:
+                    process = _Process(engine.env)
+                except BaseException as raised:
+                    error = raised.with_traceback(None)
+        with _engine_lock:
+            # Either close() comes after this and sees it, or this sees that it came.
+            is_taken = not engine.closing
+            if is_taken:
+                engine.arrived.append((process, error))
+        if is_taken:
+            engine.feed()
+        elif process is not None:
+            self.keep(process)
+
+    def keep(self, process: _Process) -> None:
+        self.kept.append((time.monotonic(), process))
+
+    def adopt(self, shape: tuple[Any, ...]) -> _Process | None:
+        """A warm process in which everything is as it would be in a new one."""
+        for entry in self.kept[::-1]:
+            process = entry[1]
+            if process.shape == shape:
                 with contextlib.suppress(ValueError):  # another engine, or its idle time, was first
-                    self.parked.remove(worker)
-                    return worker
+                    self.kept.remove(entry)
+                    if not process.has_died():
+                        return process
+                    process.end()
         return None
 
-    def stop(self, work: _Work) -> None:
-        self.clean = False
-        for worker in self.workers:
-            worker.stop(work)
+    def drop_all_but(self, count: int, before: float = float("inf")) -> None:
+        """End those kept since before then, but for the newest so many."""
+        for entry in self.kept[: max(len(self.kept) - count, 0)]:
+            if entry[0] <= before:
+                with contextlib.suppress(ValueError):
+                    self.kept.remove(entry)
+                    entry[1].end()
 
-    def close(self) -> None:
-        for worker in self.workers:
-            self.orders.put(None)  # for any of them: each leaves this engine at its first
-            if self.clean and worker.process is not None:
-                self.parked.append(worker)
-            else:
-                worker.kill()
-                worker.engines.put(None)
-        # A program that changes its environment leaves some of another shape behind each time.
-        for worker in self.parked[: -(4 * available_cpus() + len(self.workers))]:
-            with contextlib.suppress(ValueError):
-                self.parked.remove(worker)
-                worker.engines.put(None)
+
+_starter = _Starter()
 
 
 def _kill_workers() -> None:
     """At exit, for which a script does not wait; and in tests."""
-    _LokyEngine.parked.clear()
-    for worker in list(_LokyWorker.alive):
-        worker.kill()
-        worker.engines.put(None)
+    with _starter.starting:  # one that is just started would miss its semaphores, and say so
+        _starter.kept.clear()
+        for process in _Process.alive.copy():
+            process.end()
+    _starter.orders.put(None)  # it may end now
 
 
 def _forget_workers() -> None:
     """In a forked child: they are the parent's."""
-    _LokyEngine.parked.clear()
-    _LokyWorker.alive.clear()
-    for connection, thread in _LokyWorker.spawning.items():
+    global _starter
+    _starter = _Starter()
+    _Process.alive.clear()
+    for connection, thread in _Process.spawning.items():
         # Or the parent would not see the worker's end while this child lives; unless this is the
         # worker, which older versions of loky fork in the thread that starts it.
         if thread != threading.get_ident():
@@ -1772,17 +2406,700 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_workers)
 
 
+# --- joblib: pickling of calls ----------------------------------------------------------------
+
+
 @functools.cache
 def _cloudpickle() -> ModuleType:
     """The cloudpickle that joblib uses: a package of its own since 1.6, one inside joblib before."""
     with contextlib.suppress(ImportError):
         return importlib.import_module("joblib.externals.cloudpickle")
-    return _required("cloudpickle")
+    return _import_or_explain("cloudpickle")
 
 
 def _dumps(value: object, buffers: list[pickle.PickleBuffer] | None = None) -> bytes:
     keep = None if buffers is None else buffers.append
     return cast("bytes", _cloudpickle().dumps(value, buffer_callback=keep))
+
+
+_ATOMS = frozenset({int, float, str, bytes, bool, type(None)})
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+
+
+class _Plain(pickle.Pickler):
+    """Pickles what pickle and cloudpickle pickle alike, in a tenth of cloudpickle's time.
+
+    Its C code asks only about what is not exactly of a builtin type, and gives up there; but for
+    functions that go by name.
+    """
+
+    def reducer_override(self, value: object) -> Any:
+        if isinstance(value, _FUNCTIONS) and _goes_by_name(value):
+            return NotImplemented
+        raise pickle.PicklingError
+
+
+def _goes_by_name(function: Any) -> bool:
+    """Whether cloudpickle, too, would send it as its name; that it has one, pickle checks."""
+    module = getattr(function, "__module__", None)
+    return (
+        module in sys.modules
+        and module != "__main__"
+        and not _cloudpickle().list_registry_pickle_by_value()
+    )
+
+
+def _plainly(value: object) -> bytes | None:
+    """Its plain pickle, if that is what cloudpickle would make."""
+    file = io.BytesIO()
+    try:
+        _Plain(file, 5).dump(value)
+    except Exception:
+        return None
+    return file.getvalue()
+
+
+Message = tuple["bytes | None", bytes]
+"""The pickled function, and the rest of its call; or None, and all of it in one."""
+
+
+def _pickled(call: Call, heads: dict[Any, bytes]) -> Message:
+    """``heads`` has the functions of this batch: each is pickled once a batch, and sent once, since
+    pickle remembers the bytes it has seen. Not for longer, for what a function refers to by value
+    may change."""
+    fn, arguments, how, budget = call
+    if type(fn) in _FUNCTIONS:
+        by_name = _goes_by_name(fn)
+        # What a closure and its arguments share is to stay shared: then they go together.
+        if by_name or (not how and _ATOMS.issuperset(map(type, arguments))):
+            body = _plainly((arguments, how, budget))
+            if body is not None:
+                head = heads.get(fn)
+                if head is None:
+                    head = heads[fn] = (by_name and _plainly(fn)) or _dumps(fn)
+                return head, body
+    return None, _dumps(call)
+
+
+# --- joblib: the engine -----------------------------------------------------------------------
+#
+# A worker gets its calls in batches, one message each, every batch with a counting semaphore raised
+# to the number of its calls. The worker takes a permit before it begins a call, from the front; the
+# driver takes calls back by taking permits itself, from the end.
+#
+# 1. A worker begins a call only with a permit of its batch. It takes them from the front, the driver
+#    from the end, n in all: so no call is both begun and taken back.
+# 2. Permits are raised before the batch can be read. Two batches may be outstanding, each with a
+#    semaphore of its own; one is used again only when its batch is over: every call is replied to,
+#    or the worker has said that the rest was taken back.
+# 3. A reply is fully written before the next permit is taken. So at most one call is begun and not
+#    replied to: the first one of the front batch. It is the one that runs, and all that a death costs.
+# 4. A task that runs is killed only when every call behind it has been taken back. If one of those
+#    has begun, the task has ended, and its reply is on its way.
+# 5. While a worker is idle, nothing is pending or lent beyond what runs. One that runs dry takes half
+#    of what the fullest has been lent. When any worker is filled, what was lent to one that has been
+#    silent for 5 ms comes back first. So nothing sits behind a long task, and two tasks that wait for
+#    each other meet; without a timer.
+# 6. A worker is lent what takes it 20 ms at the pace measured of late. A send never waits for a busy
+#    worker: a large message goes to one that has nothing else to do.
+#
+# One thread of an executor, the reader, takes, pickles, sends and reads for all of its workers.
+# submit() never sends; it wakes the reader if a worker is idle. Not one thread for all executors: a
+# callback that waits for another executor's future must not stop that one's replies.
+
+_BATCH = 64  # calls, at most
+_AHEAD = 0.02  # seconds of work that a worker may have
+_QUIET = 0.005  # seconds
+_LARGE = 32 * 1024 if sys.platform != "darwin" else 4 * 1024  # bytes: what surely fits into a pipe
+_PATIENCE = 3  # workers in a row that could not be started, before what is pending fails
+
+
+class _Batch:
+    """Calls sent in one message, until each is replied to or, from some one on, taken back."""
+
+    def __init__(self, slot: int, works: Sequence[_Work], size: int) -> None:
+        self.slot = slot  # which of the worker's two semaphores
+        self.size = size  # bytes
+        self.works = collections.deque(works)  # less those replied to, taken back or stopped
+        self.left = len(works)  # calls not replied to, nor said to be taken back; 0: it is over
+
+
+class _Seat:
+    """Where a lent task sits: what the engine has for ``work.slot``."""
+
+    __slots__ = ("batch", "worker")
+
+    def __init__(self, worker: _Worker) -> None:
+        self.worker = worker
+        self.batch: _Batch | None = None  # None: it is just being pickled
+
+
+class _Worker:
+    """A process and what it has been lent; all of it under ``_engine_lock``."""
+
+    def __init__(self, process: _Process) -> None:
+        self.process = process
+        self.inbox = bytearray()
+        self.batches: collections.deque[_Batch] = collections.deque()
+        """At most two; the first is what it works on."""
+        self.outstanding = 0  # calls not replied to, of both
+        self.doomed = False  # killed, or about to be: it is lent nothing any more
+        self.heard = time.perf_counter()
+
+    def take_back(self, most: int = sys.maxsize, down_to: _Work | None = None) -> list[_Work]:
+        """Calls that have not begun, the last ones first, no more than ``most``, and none before
+        ``down_to``; in the order in which they were lent."""
+        back: list[_Work] = []
+        permits = self.process.permits
+        for batch in reversed(self.batches):
+            keep = batch is self.batches[0]  # its first call runs, or is about to
+            while len(batch.works) > keep and len(back) < most:
+                if back and back[-1] is down_to:
+                    break
+                if permits is None or not permits[batch.slot].acquire(False):
+                    break  # all that are left here have begun, and so have those before
+                work = batch.works.pop()
+                work.slot = None
+                back.append(work)
+            if len(batch.works) > keep:
+                break
+        self.outstanding -= len(back)
+        back.reverse()
+        return back
+
+    def last_begun(self) -> _Batch | None:
+        """With everything taken back that can be: the batch whose last call is the one that runs."""
+        for batch in reversed(self.batches):
+            if batch.works:
+                return batch
+        return None
+
+
+class _LokyEngine(_Engine):
+    """See above."""
+
+    def __init__(self, max_workers: int, env: dict[str, str]) -> None:
+        from multiprocessing import Pipe
+
+        self.max_workers = max_workers
+        self.env = env
+        self.workers: list[_Worker] = []
+        self.idle: list[_Worker] = []  # those of them that are up and have nothing
+        self.quiet: dict[_Worker, None] = {}  # those up, by when they were heard of last
+        self.pace = 1.0  # seconds of a call, of late
+        self.starting = 0  # ordered and not arrived
+        self.arrived: collections.deque[tuple[_Process | None, BaseException | None]]
+        self.arrived = collections.deque()  # from the starter
+        self.limit = max_workers  # fewer for a while, when no more can be started
+        self.failures = 0  # of starts, in a row
+        self.closing = False
+        self.watch = _Watch()
+        self.woken = False  # there is a message in the bell
+        self.bell, ring = Pipe(duplex=False)
+        self.ring: Callable[[bytes], None] = ring.send_bytes
+        self.watch.add(self.bell, (None, False))
+        self.reader = threading.Thread(
+            target=self.live, name="parallel_backend reader", daemon=True
+        )
+        self.reader.start()
+        _at_exit(_kill_workers, 50)  # after the policies were applied
+
+    # What the core calls.
+
+    def feed(self) -> None:
+        # Without a lock, since it comes from anywhere. Two threads may both ring: no harm. The
+        # reader takes woken away before it looks for work, so whoever finds it set is seen to.
+        if not self.woken:
+            self.woken = True
+            with contextlib.suppress(OSError):  # the reader has just closed its end
+                self.ring(b"")
+
+    def inside(self) -> bool:
+        return threading.current_thread() in (self.reader, _starter.thread)
+
+    def running(self, work: _Work) -> bool:
+        try:
+            batch = work.slot.batch
+            return batch.works[0] is work and work.slot.worker.batches[0] is batch
+        except (AttributeError, IndexError):
+            return False  # it is pickled, or moves just now
+
+    def take_back(self, works: list[_Work]) -> None:
+        with _engine_lock:
+            for work in works:
+                seat = work.slot
+                if seat is None:
+                    continue  # put back, or replied to
+                worker = seat.worker
+                if seat.batch is None:
+                    work.slot = None  # it is being pickled: it will not be sent
+                    self.core.put_back([work])
+                elif not worker.doomed and not self.running(work):
+                    self.core.put_back(worker.take_back(down_to=work))
+        self.core.settle()
+        if self.core.pending:
+            self.feed()
+
+    def stop(self, work: _Work) -> None:
+        with _engine_lock:
+            seat = work.slot
+            if seat is None or seat.batch is None or seat.worker.doomed:
+                return
+            worker = seat.worker
+            self.core.put_back(worker.take_back())
+            batch = worker.last_begun()
+            if batch is None or batch.works[-1] is not work:
+                return  # one behind it has begun, so it has ended: its reply is on its way
+            batch.works.pop()
+            worker.outstanding -= 1
+            work.slot = None
+            worker.doomed = True  # nothing follows, so the signal hits this task or none
+            worker.process.kill()
+            self.core.stopped(work)
+        self.feed()
+
+    def close(self) -> None:
+        with _engine_lock:
+            self.closing = True
+            doomed = [worker for worker in self.workers if worker.doomed]
+        self.feed()
+        if not self.inside():
+            # It keeps what is warm for the next executor. Unless it is in a callback, say: then
+            # it does so later.
+            self.reader.join(0.2)
+        for worker in doomed:
+            worker.process.end()
+
+    # The reader.
+
+    def live(self) -> None:
+        try:
+            while not self.closing:
+                try:
+                    self.once()
+                except Exception:
+                    # Of ours. A thread that ends would leave all waiting.
+                    _log.critical("Exception in the reader of an executor", exc_info=True)
+        finally:
+            self.part()
+
+    def once(self) -> None:
+        """Wait for news, handle all there is, and lend what there is to lend."""
+        news = self.watch.wait(IDLE_SECONDS if self.idle else None)
+        for worker, is_dead in news:
+            if worker is None:
+                self.bell.recv_bytes()
+                self.woken = False
+            elif worker in self.workers:  # not lost just now
+                self.read(worker, is_dead)
+        if not news:
+            self.retire()
+        if self.closing:
+            return
+        if self.arrived:
+            self.welcome()
+        self.fill_idle()
+        if len(self.workers) + self.starting < self.limit:
+            self.start_more()
+        self.core.settle()
+
+    def start_more(self) -> None:
+        """Have as many workers started as there is work for."""
+        with _engine_lock:
+            waiting = self.core.ask()
+            coming = self.starting + sum(not worker.process.up for worker in self.workers)
+            room = self.limit - len(self.workers) - self.starting
+            count = max(0, min(room, waiting - len(self.idle) - coming))
+        shape = _shape(self.env) if count else ()
+        for _ in range(count):
+            process = _starter.adopt(shape)
+            if process is None:
+                self.starting += 1
+                try:
+                    _starter.order(self)
+                except RuntimeError as error:  # no thread can be started
+                    self.arrived.append((None, error))
+                    self.feed()
+            else:
+                self.employ(process)
+
+    def welcome(self) -> None:
+        while self.arrived:
+            process, error = self.arrived.popleft()
+            self.starting -= 1
+            if process is not None:
+                self.employ(process)
+            else:
+                self.refuse(error)
+
+    def employ(self, process: _Process) -> None:
+        worker = _Worker(process)
+        with _engine_lock:
+            self.workers.append(worker)
+        self.watch.add(process.connection, (worker, False))
+        if process.pidfd is not None:
+            # What a task has forked may hold the connection open when the worker is gone.
+            self.watch.add(process.pidfd, (worker, True))
+
+    def refuse(self, error: BaseException | None) -> None:
+        """A worker could not be started: go on with fewer; with none, fail what is pending."""
+        self.failures += 1
+        there = len(self.workers) + self.starting
+        if there:
+            self.limit = there  # until one is up, or ends
+            return
+        self.limit = self.max_workers
+        if self.failures < _PATIENCE:
+            return  # start_more() tries again
+        self.failures = 0  # and does so at the next submit
+        with _engine_lock:
+            works = self.core.take(sys.maxsize)
+        reason = error or RuntimeError("unknown")
+        message = "No worker process could be started. Are there processes, descriptors and memory left (ulimit -a)?"
+        self.core.end(
+            [(work, ([], _broken(message, reason), _count(work.call), 0.0)) for work in works]
+        )
+
+    def retire(self) -> None:
+        """Nobody has had work for long: let the idle ones go."""
+        with _engine_lock:
+            idle, self.idle = self.idle, []
+            for worker in idle:
+                worker.doomed = True
+        for worker in idle:
+            self.lose(worker)
+
+    def fill_idle(self) -> None:
+        while self.idle and (self.core.pending or self.core.ask()) and not self.closing:
+            with _engine_lock:
+                worker = self.idle.pop()
+            self.fill(worker)
+
+    def take_for(self, worker: _Worker) -> list[_Work]:
+        """Tasks to lend to this worker now; under ``_engine_lock``."""
+        if worker.doomed or not worker.process.up or len(worker.batches) == 2 or self.closing:
+            return []
+        core = self.core
+        is_dry = not worker.outstanding
+        there = len(self.workers) + self.starting
+        # One that idles, or may yet be started, could have what is lent to this one beyond its first.
+        is_alone = not self.idle and there >= self.limit and worker.process.permits is not None
+        room = min(int(_AHEAD / self.pace), 2 * _BATCH) - worker.outstanding if is_alone else 0
+        if is_dry:
+            room = max(room, 1)
+        if room < 1:
+            return []
+        now = time.perf_counter()
+        for other in self.quiet:
+            if now - other.heard < _QUIET:
+                break
+            if other.outstanding > 1 and other is not worker:
+                core.put_back(other.take_back())
+        if is_dry and not core.pending:
+            self.take_from_fullest()
+        works = core.take(min(room, _BATCH, 1 + core.waiting() // there))
+        for work in works:
+            work.slot = _Seat(worker)
+        if is_dry:
+            if worker in self.idle:
+                self.idle.remove(worker)
+            if not works:
+                self.quiet.pop(worker, None)
+                self.idle.append(worker)
+        return works
+
+    def take_from_fullest(self) -> None:
+        """Take half of what the fullest worker has been lent, or the next; under ``_engine_lock``."""
+        lenders = [worker for worker in self.workers if worker.outstanding > 1]
+        lenders.sort(key=lambda worker: worker.outstanding)
+        while lenders:
+            fullest = lenders.pop()
+            if back := fullest.take_back(fullest.outstanding // 2):
+                self.core.put_back(back)
+                return
+
+    def fill(self, worker: _Worker) -> None:
+        """Lend a worker what it may have."""
+        while True:
+            with _engine_lock:
+                works = self.take_for(worker)
+            if not works:
+                return
+            heads: dict[Any, bytes] = {}
+            failed: list[tuple[_Work, Reply]] = []
+            for work in works:
+                call = work.call  # None, should it be cancelled meanwhile
+                try:
+                    if work.message is None and call is not None:
+                        work.message = _pickled(call, heads)
+                except BaseException as error:
+                    failed.append((work, ([], _unpicklable(_name(call), error), 0, 0.0)))
+                del call
+            del heads
+            with _engine_lock:
+                # Those taken back meanwhile have another seat, or none.
+                mine = [w for w in works if w.slot is not None and w.slot.worker is worker]
+                failed = [outcome for outcome in failed if outcome[0] in mine]
+                for work, _ in failed:
+                    work.slot = None
+                mine = [work for work in mine if work.slot is not None]
+                fitting = 0 if worker.doomed else self.fitting(worker, mine)
+                for work in mine[fitting:]:
+                    work.slot = None
+                self.core.put_back(mine[fitting:])
+                message = self.record(worker, mine[:fitting]) if fitting else None
+            for work in works:
+                if work.call is None:
+                    work.message = None  # it was cancelled before it had one
+            if failed:
+                self.core.end(failed)
+            if message is not None:
+                with contextlib.suppress(OSError):  # it is gone: its end is read after its replies
+                    worker.process.connection.send_bytes(message)
+            elif worker.outstanding or worker.doomed:
+                return
+
+    def fitting(self, worker: _Worker, works: Sequence[_Work]) -> int:
+        """How many of them can be sent now: the first, if it is dry; more, if they are small."""
+        total = sum(batch.size for batch in worker.batches)
+        for count, work in enumerate(works):
+            total += len(work.message[1])
+            if (count or worker.outstanding) and (self.idle or total > _LARGE):
+                return count
+        return len(works)
+
+    def record(self, worker: _Worker, works: Sequence[_Work]) -> bytes:
+        """Give them a permit each; the message to send. Under ``_engine_lock``."""
+        slot = 1 - worker.batches[-1].slot if worker.batches else 0
+        batch = _Batch(slot, works, sum(len(work.message[1]) for work in works))
+        permits = worker.process.permits
+        for work in works:
+            work.slot.batch = batch
+            if permits is not None:
+                permits[slot].release()
+        worker.batches.append(batch)
+        if not worker.outstanding:
+            self.hear(worker)
+        worker.outstanding += len(works)
+        path = None
+        if sys.path != worker.process.path:
+            path = worker.process.path = list(sys.path)
+            folder, _, environment = worker.process.shape
+            worker.process.shape = folder, tuple(path), environment
+        return pickle.dumps((slot, path, [work.message for work in works]), 5)
+
+    def hear(self, worker: _Worker) -> None:
+        worker.heard = time.perf_counter()
+        self.quiet.pop(worker, None)
+        self.quiet[worker] = None
+
+    def read(self, worker: _Worker, is_dead: bool) -> None:
+        """Handle what a worker has written, and its death when it has written all it could."""
+        connection = worker.process.connection
+        messages: list[bytes] = []
+        is_over = is_dead and not connection.poll()
+        if not is_over:
+            messages, is_over = self.watch.receive(connection, worker.inbox)
+        replies: list[Any] = []
+        for message in messages:
+            # Under no lock, for it runs code of the user's, and maybe for long.
+            reply: Any = None
+            if message:
+                try:
+                    reply = pickle.loads(message)
+                    if isinstance(reply[0], tuple) or reply[1] is not None:
+                        reply = message  # to be opened with the name of its task
+                except BaseException:
+                    reply = message
+            replies.append(reply)
+        del messages
+        ended: list[tuple[_Work, Any]] = []
+        with _engine_lock:
+            self.hear(worker)
+            for reply in replies:
+                if reply is None:
+                    if worker.process.up:
+                        worker.batches.popleft()  # its rest has been taken back
+                    else:
+                        worker.process.up = True
+                        worker.process.unlink()
+                        self.failures, self.limit = 0, self.max_workers
+                    continue
+                batch = worker.batches[0]
+                batch.left -= 1
+                if batch.works:  # none: it was stopped, and had just ended
+                    work = batch.works.popleft()
+                    work.slot = None
+                    worker.outstanding -= 1
+                    ended.append((work, reply))
+                if not batch.left:
+                    worker.batches.popleft()
+        outcomes: list[tuple[_Work, Reply]] = []
+        pace = self.pace
+        for work, reply in ended:
+            if isinstance(reply, bytes):
+                reply = _opened(reply, (), _name(work.call), _count(work.call))
+            pace = (pace + reply[3]) / 2
+            outcomes.append((work, reply))
+        self.pace = max(pace, 1e-6)
+        if outcomes:
+            self.core.end(outcomes)
+        if is_over:
+            self.lose(worker)
+        else:
+            self.fill(worker)
+
+    def lose(self, worker: _Worker) -> None:
+        """A worker has ended, and its last reply is read."""
+        process = worker.process
+        self.watch.remove(process.connection)
+        if process.pidfd is not None:
+            self.watch.remove(process.pidfd)
+        with _engine_lock:
+            worker.doomed = (
+                True  # from here on nobody kills it but end(), which knows if it is gone
+            )
+            self.workers.remove(worker)
+            self.quiet.pop(worker, None)
+            if worker in self.idle:
+                self.idle.remove(worker)
+            back: list[_Work] = []
+            lost: list[_Work] = []
+            for batch in worker.batches:
+                free: list[_Work] = []
+                while (
+                    batch.works and process.permits and process.permits[batch.slot].acquire(False)
+                ):
+                    free.append(batch.works.pop())  # not begun, though maybe it was about to
+                back += reversed(free)
+                lost += batch.works
+            for work in back + lost:
+                work.slot = None
+            self.core.put_back(back)
+            worker.batches.clear()
+            worker.outstanding = 0
+            self.limit = self.max_workers
+        process.end()
+        how = process.how_it_ended()
+        for work in lost:
+            name = _name(work.call)
+            failure = _broken(
+                f"A worker process ended {how} while it ran {name}. It may have crashed in native "
+                "code, have called os._exit(), or have been killed for its memory. Only what it "
+                "ran is lost; the executor goes on."
+            )
+            self.core.end([(work, ([], failure, _count(work.call), 0.0))])
+        if not process.up:
+            self.refuse(RuntimeError(f"a worker process ended {how} while it started"))
+
+    def part(self) -> None:
+        """The reader's last: keep what is warm, end the rest, and give back the descriptors."""
+        with _engine_lock:
+            workers, self.workers, self.idle, self.quiet = self.workers, [], [], {}
+            arrived = [process for process, _ in self.arrived if process is not None]
+            self.arrived.clear()
+        self.watch.close()
+        self.ring = _ignore  # whoever rings just now holds the other; the last one closes it
+        self.bell.close()
+        for worker in workers:
+            process = worker.process
+            if worker.doomed or worker.outstanding or worker.batches:
+                process.end()
+                continue
+            if process.up:
+                process.up = False  # until it says that it is as it was when it was started
+                with contextlib.suppress(OSError):  # it is gone, as whoever adopts it will see
+                    process.connection.send_bytes(b"")
+            arrived.append(process)
+        for process in arrived:
+            _starter.keep(process)
+        # A program that changes its environment leaves some of another shape behind each time.
+        _starter.drop_all_but(4 * (os.cpu_count() or 1) + len(workers))
+
+
+def _ignore(_: bytes) -> None:
+    pass
+
+
+class _Watch:
+    """Waits for any of many connections, and reads what they bring.
+
+    Many replies come with one system call, and the selector is kept from wait to wait. On Windows
+    multiprocessing's own means have to do, for some sixty workers.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[Any, Any] = {}
+        self.selector: Any = None
+        if sys.platform != "win32":
+            import selectors
+
+            self.selector = selectors.DefaultSelector()
+
+    def add(self, source: Any, data: Any) -> None:
+        if self.selector is None:
+            self.known[source] = data
+        else:
+            self.selector.register(source, 1, data)  # EVENT_READ
+
+    def remove(self, source: Any) -> None:
+        if self.selector is None:
+            del self.known[source]
+        else:
+            self.selector.unregister(source)
+
+    def wait(self, timeout: float | None) -> list[Any]:
+        """The data of those that have something; none, if that takes longer than so many seconds."""
+        if self.selector is not None:
+            return [key.data for key, _ in self.selector.select(timeout)]
+        from multiprocessing.connection import wait
+
+        return [self.known[source] for source in wait(list(self.known), timeout)]
+
+    def receive(self, connection: Any, inbox: bytearray) -> tuple[list[bytes], bool]:
+        """The messages that are there, and whether none will follow."""
+        if self.selector is None:
+            try:
+                return [connection.recv_bytes()], False
+            except (EOFError, OSError):
+                return [], True
+        try:
+            # Not recv_bytes(), which takes two calls for each message. Its framing is this: the
+            # length in 4 bytes, or -1 and then the length in 8.
+            data = os.read(connection.fileno(), max(1 << 16, min(_missing(inbox), 1 << 24)))
+        except OSError:
+            data = b""  # reset: it had not read all that it was sent
+        inbox += data
+        messages = []
+        at = 0
+        while _missing(inbox, at) <= 0:
+            size, head = _framed(inbox, at)
+            at += head + size
+            messages.append(bytes(inbox[at - size : at]))
+        del inbox[:at]
+        return messages, not data
+
+    def close(self) -> None:
+        if self.selector is not None:
+            self.selector.close()
+
+
+def _framed(inbox: bytearray, at: int) -> tuple[int, int]:
+    """(size, bytes before it) of the message that begins there."""
+    size = int.from_bytes(inbox[at : at + 4], "big", signed=True)
+    return (int.from_bytes(inbox[at + 4 : at + 12], "big"), 12) if size == -1 else (size, 4)
+
+
+def _missing(inbox: bytearray, at: int = 0) -> int:
+    """How many bytes of the message that begins there have not come yet."""
+    there = len(inbox) - at
+    if there < 4 or (there < 12 and inbox[at] == 255):
+        return 12 - there
+    size, head = _framed(inbox, at)
+    return head + size - there
+
+
+# --- joblib: objects in shared memory ---------------------------------------------------------
 
 
 class _Shared:
@@ -1816,10 +3133,17 @@ class _Shared:
         import tempfile  # a fifth of the time that importing this file takes
 
         tracker = _loky_tracker()
-        folders = [os.environ.get("JOBLIB_TEMP_FOLDER"), "/dev/shm", tempfile.gettempdir()]
+        needed = sum(part.nbytes + 64 for part in parts)
+        # The temporary directory is the last resort, and only then asked for: on a read-only root
+        # there is none, and asking is an error.
+        folders = filter(None, [os.environ.get("JOBLIB_TEMP_FOLDER"), "/dev/shm"])
         reason = None
-        for folder in filter(None, folders):
+        for folder in [*folders, ""]:
             try:
+                folder = folder or tempfile.gettempdir()
+                if not _has_room(folder, needed):
+                    reason = OSError(f"{folder} has no room for {needed} bytes")
+                    continue
                 descriptor, path = tempfile.mkstemp(prefix="parallel_backend_", dir=folder)
             except OSError as error:
                 reason = error  # there is no such folder, or it is not for us
@@ -1838,7 +3162,10 @@ class _Shared:
                 continue
             weakref.finalize(self, _forget_file, tracker.maybe_unlink, path, os.getpid())
             return path, spans
-        raise OSError(f"Could not write a shared object to any of {folders}") from reason
+        raise OSError(
+            "Could not write a shared object to JOBLIB_TEMP_FOLDER, /dev/shm or the temporary "
+            f"directory: {reason}"
+        ) from reason
 
     def load(self) -> Any:
         function, args = self._call
@@ -1854,6 +3181,15 @@ _pickling = threading.local()
 """Its ``handles``: those met while a thread pickles what another handle is made for."""
 
 
+def _has_room(folder: str, needed: int) -> bool:
+    """Whether so many bytes fit there, and leave an eighth of it to others: where shared memory is
+    full, the semaphores and pipes of other processes, and loky's own tracker, fail."""
+    if not hasattr(os, "statvfs"):
+        return True
+    room = os.statvfs(folder)
+    return bool((room.f_bavail - room.f_blocks // 8) * room.f_frsize >= needed)
+
+
 def _forget_file(unlink: Callable[[str, str], None], path: str, owner: int) -> None:
     if os.getpid() == owner:  # a forked child has a copy of the handle
         unlink(path, "file")
@@ -1867,7 +3203,7 @@ class JoblibParallelBackend(_EngineBackend, backend_name="joblib"):
     """
 
     def __init__(self) -> None:
-        _required("joblib")
+        _import_or_explain("joblib")
         super().__init__()
 
     @classmethod
@@ -1882,7 +3218,7 @@ class JoblibParallelBackend(_EngineBackend, backend_name="joblib"):
     @classmethod
     def _active(cls) -> tuple[Any, int | None]:
         """joblib's backend and n_jobs, as joblib.parallel_config() may have set them."""
-        backend, jobs = _required("joblib.parallel").get_active_backend()
+        backend, jobs = _import_or_explain("joblib.parallel").get_active_backend()
         return backend, jobs
 
     @classmethod
@@ -1907,21 +3243,55 @@ def _ray_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(work, call): what Ray runs for an executor, and for ``wrap``; by value, as above."""
     run, seal = _run, _seal
 
+    def shield(ray: Any) -> None:
+        """From here on no interrupt meets this task but one that is not about it.
+
+        ray.cancel() of a task that has just begun interrupts it, though the driver only wanted it
+        back if it had not. Ray interrupts by SIGINT, and so do others, whose handlers get theirs.
+        """
+        import multiprocessing
+
+        process: Any = multiprocessing.current_process()  # what functions by value can both find
+        state = process.__dict__.setdefault("parallel_backend_shield", {})
+        context = ray.get_runtime_context()
+        in_main = threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGINT)
+        if in_main and before is not state.get("handler"):
+
+            def handler(number: int, frame: Any) -> None:
+                if context.get_task_id() is None or context.get_task_id() != state["task"]:
+                    (before if callable(before) else signal.default_int_handler)(number, frame)
+
+            state["task"] = None
+            state["handler"] = handler
+            signal.signal(signal.SIGINT, handler)
+        state["task"] = context.get_task_id()
+
     def work(spec: Any, *args: Any) -> Sequence[Any]:
         """Run a task or a chunk. Ray sees a task's arguments one by one if there are handles
         among them, to wait for those and to send what is behind them."""
         ray = importlib.import_module("ray")
+        shield(ray)
         dumps = ray.cloudpickle.dumps
-        fn, items, kwargs, names, budget, reraise = spec
-        if args:
-            split = len(args) - len(names)
-            items, kwargs = [args[:split]], dict(zip(names, args[split:]))
+        reraise = False
+        if isinstance(spec, bytes):
+            try:
+                fn, arguments, how, budget = pickle.loads(spec)
+            except BaseException as reason:
+                return seal(([], reason, 0, 0.0), dumps, []), []
+        else:
+            fn, arguments, how, budget, names, reraise = spec
+            if args:
+                split = len(args) - len(names)
+                arguments, how = args[:split], dict(zip(names, args[split:]))
 
         def resolved(*args: Any) -> Any:
             return fn(*(ray.get(a) if isinstance(a, ray.ObjectRef) else a for a in args))
 
+        # A handle among the items of a chunk comes as it is.
+        items = arguments if budget is not None and how else [arguments]
         handles = any(isinstance(arg, ray.ObjectRef) for item in items for arg in item)
-        values, error, begun, seconds = run(resolved if handles else fn, items, kwargs, budget)
+        values, error, begun, seconds = run(resolved if handles else fn, arguments, how, budget)
         if reraise and isinstance(error, Exception):
             raise error
         plain = {bool, int, float, str, bytes, type(None), ray.ObjectRef}
@@ -1943,20 +3313,35 @@ def _ray_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
 @functools.cache
 def _ray_remotes() -> tuple[Any, Any]:
     """Remote functions, made once: Ray exports them when first called in each session."""
-    ray = _required("ray")
+    ray = _import_or_explain("ray")
     work, call = _ray_functions()
-    return ray.remote(work), ray.remote(call)
+    return _only_connected(ray.remote(work)), ray.remote(call)
 
 
 def _ray_with(remote: Any, options: dict[str, Any]) -> Any:
     if "max_calls" in options:  # the one option that can't be changed afterwards
-        return _required("ray").remote(**options)(remote._function)
+        return _only_connected(_import_or_explain("ray").remote(**options)(remote._function))
     return remote.options(**options) if options else remote
+
+
+def _only_connected(remote: Any) -> Any:
+    """A remote function of ours that raises after ``ray.shutdown()``, for its executor has ended.
+    By itself, Ray would start a new cluster then, or join another one."""
+    bare = _unhooked(type(remote)._remote)  # private; where it is not so wrapped, nothing changes
+    if bare is not type(remote)._remote:
+        remote._remote = types.MethodType(bare, remote)
+    return remote
+
+
+def _unhooked(function: Any) -> Any:
+    """One of Ray's functions without the ``ray.init()`` that Ray wraps around each since 2.0."""
+    name = getattr(getattr(function, "__code__", None), "co_name", "")
+    return function.__wrapped__ if name == "auto_init_wrapper" else function
 
 
 def _started_ray(**options: Any) -> Any:
     """The ray module, connected: as the user has, else to a cluster found, else to a new one."""
-    ray = _required("ray")
+    ray = _import_or_explain("ray")
     if not ray.is_initialized():
         given = ", ".join(f"{key}={value!r}" for key, value in options.items())
         _log.info("Ray is not initialised yet: calling ray.init(%s)", given)
@@ -1964,124 +3349,308 @@ def _started_ray(**options: Any) -> Any:
     return ray
 
 
+# Tasks are lent to Ray ahead of time, more than the cluster can run: for speed, and so that an
+# autoscaler sees what is wanted. What has not begun there is taken back with ray.cancel().
+#
+# 1. ray.cancel() is called in Ray's I/O thread only. There, replies and it come one after the other.
+#    In any other thread, it may meet the end of its task between two halves of Ray's own account of
+#    it, and Ray then aborts this process ("Tried to complete task that was not pending").
+# 2. A reference that has resolved as cancelled when that call has returned was never given to a
+#    worker. It is put back. Any other goes on, and its end is told by end().
+# 3. One that had begun by then is interrupted, and its wrapper ignores that; see shield() above. One
+#    that was on its way in comes back as cancelled, later, though it was not put back: it is lent anew.
+# 4. Before the waiter rests, each of the oldest references, as many as can run, has a bell. Ray begins
+#    tasks in their order, so whichever runs, rings when it ends.
+#
+# One thread of an executor, the waiter, takes, submits and hears of the ends. Others take back and stop.
+
+_RAY_WINDOW = 64  # tasks lent, at least, where the cluster is the bound: what speed needs
+_RAY_GATHER = 16  # replies that are awaited together while they come fast
+
+
 class _RayEngine(_Engine):
-    """Starts Ray tasks, and hears of their end in a thread of its own.
+    """See above."""
 
-    Ray calls back in its I/O thread, which must not be kept busy, let alone wait for an object:
-    there, the news is put into a queue and no more.
-    """
-
-    stoppable = True
     chunk_seconds = 0.1  # some milliseconds pass from one task's end to the next one's start
-    BATCH = 16  # short tasks that are awaited together
 
     def __init__(self, ray: Any, max_workers: int, options: dict[str, Any]) -> None:
         self.ray = ray
-        self.remote = _ray_with(_ray_remotes()[0], options)
+        # Without the ray.init() that each brings along: this session's end is ours, too.
+        self.wait, self.get, self.cancel = map(_unhooked, (ray.wait, ray.get, ray.cancel))
+        self.resources = _unhooked(ray.cluster_resources)
+        self.options = options
+        self.max_workers = max_workers  # sys.maxsize: what the cluster allows
         # What fails is Ray's to see, if it is to run it again; and nothing else with it.
         self.reraise = bool(options.get("retry_exceptions"))
         self.chunk_seconds = 0.0 if self.reraise else self.chunk_seconds
-        self.max_workers = max_workers
+        self.retries = options.get("max_retries", 3)
+        self.remotes: dict[str, Any] = {}
+        self.remote("")  # says now which options are none
         self.needs = {"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus")}
         self.needs.update({"memory": options.get("memory"), **(options.get("resources") or {})})
+        self.capacity = 1
         self.measure()
         self.context = ray.get_runtime_context()  # asking it does not start Ray, as asking ray does
-        self.session = self._session()
+        self.session = self.context.gcs_address, self.context.get_job_id()
         _broken("")  # imports what can't be imported any more when the interpreter exits
-        self.nudge = ray.put(None)
-        self.refs: dict[_Work, Any] = {}
-        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=self._live, name="parallel_backend ray", daemon=True).start()
+        self.nudge = ray.put(None)  # something that is there, for callbacks in the I/O thread
+        self.lent: dict[Any, _Work] = {}
+        """By reference, oldest first; with what follows under _engine_lock."""
+        self.sending: set[_Work] = set()  # taken, and without a reference yet
+        self.sent = threading.Condition(_engine_lock)  # notified when sending gets smaller
+        self.asked: set[Any] = set()  # references that a take_back() has in hand, and nobody else
+        self.belled: set[Any] = set()
+        self.refused: dict[Any, float] = {}  # when a take_back() found that one had begun
+        self.front: frozenset[_Work] = frozenset()  # what runs, as far as one can know
+        self.stopping: list[Any] = []  # references of what was killed
+        self.dependents: set[Any] = set()  # those that may wait for an argument, out of order
+        self.news: queue.SimpleQueue[Any] = queue.SimpleQueue()  # references that rang; None: look
+        self.woken = False
+        self.io_thread = 0
+        self.closing = False
+        self.waiter = threading.Thread(target=self.live, name="parallel_backend ray", daemon=True)
+        self.waiter.start()
 
-    def start(self, work: _Work, done: Callable[[_Work, Reply], None]) -> Reply | None:
-        assert work.call is not None
-        fn, items, kwargs, budget = work.call
-        args: tuple[Any, ...] = ()
-        if not isinstance(work, _Chunk):
-            args = (*items[0], *kwargs.values())
-            if not any(isinstance(value, self.ray.ObjectRef) for value in args):
-                args = ()  # in one piece: half the time
-        sent = ([], {}) if args else (items, kwargs)
-        if (reason := self.lost()) is not None:
-            return [], reason, 1, 0.0  # or Ray would start a cluster of its own
+    # What the core calls.
+
+    def feed(self) -> None:
+        if not self.woken:
+            self.woken = True
+            self.news.put(None)
+
+    def inside(self) -> bool:
+        return threading.current_thread() is self.waiter or threading.get_ident() == self.io_thread
+
+    def width(self, max_workers: int) -> int:
+        return max(min(max_workers, self.capacity), 1)
+
+    def running(self, work: _Work) -> bool:
+        return work in self.front
+
+    def take_back(self, works: list[_Work]) -> None:
+        in_waiter = threading.current_thread() is self.waiter
+        # Oldest first: Ray looks for each from the front of its queue. So many at once, so that
+        # its I/O thread is not kept for long.
+        for start in range(0, len(works), 500):
+            with self.sent:
+                some = set(works[start : start + 500])
+                while not in_waiter and not self.closing and some & self.sending:
+                    self.sent.wait()
+                refs = [
+                    work.slot
+                    for work in works[start : start + 500]
+                    if self.lent.get(work.slot) is work and work.slot not in self.asked
+                ]
+                self.asked.update(refs)
+            if refs:
+                self.take_back_refs(refs)
+        self.core.settle()
+        self.feed()
+
+    def take_back_refs(self, refs: list[Any]) -> None:
+        taken: set[Any] = set()
         try:
-            ref = self.remote.remote((fn, *sent, list(kwargs), budget, self.reraise), *args)
-        except self.ray.exceptions.RayError:
-            raise
-        except Exception as error:
-            return [], _unpicklable(_name(work), error), 0, 0.0
-        except BaseException:
-            # Ctrl-C. Ray may take the function for exported that it had no time to export.
-            _ray_remotes.cache_clear()
-            raise
-        self.refs[work] = ref
-        if work.stopped:  # stop() came too early to find it
-            self.stop(work)
-        if len(self.refs) > self.room + self.BATCH:
-            # Handed over early, so these are short tasks: to wait for many of them at once costs
-            # Ray half of what it costs to be called back for each.
-            self.inbox.put((work, ref, None, done))
-        else:
-            self._watch(work, ref, done)
-        return None
+            if self.in_io_thread(lambda: self.cancel_all(refs)):
+                ready = self.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[0]
+                taken.update(ref for ref in ready if self.was_never_begun(ref))
+        finally:
+            with _engine_lock:
+                self.asked.difference_update(refs)
+                self.core.put_back([self.lent[ref] for ref in refs if ref in taken])
+                for ref in refs:
+                    if ref in taken:
+                        self.forget(ref)
+                    else:
+                        self.refused[ref] = time.monotonic()
+                        self.news.put(ref)  # the waiter may have passed it over while we had it
 
-    def measure(self) -> None:
-        """Ask how many tasks the cluster can run at once; it may grow, or lose nodes."""
-        self.measured = time.monotonic()
-        has = self.ray.cluster_resources()
-        counts = [int(has.get(name, 0) / each + 1e-9) for name, each in self.needs.items() if each]
-        self.room = max(min([self.max_workers, *counts]), 1)
-        # Where the CPUs are the bound and not max_workers, Ray may wait for them with short tasks.
-        is_bound = bool(counts) and self.room >= min(counts)
-        self.early = max(4 * self.BATCH, self.room) if is_bound else 0
+    def cancel_all(self, refs: list[Any]) -> None:
+        for ref in refs:
+            self.cancel(ref, recursive=False)
 
-    def limit(self, max_workers: int) -> int:
-        return self.room
-
-    def _watch(self, work: _Work, ref: Any, done: Callable[[_Work, Reply], None]) -> None:
-        ref.future().add_done_callback(lambda future: self.inbox.put((work, ref, future, done)))
-
-    def _live(self) -> None:
-        batch: list[Any] = []
-        while True:
-            batch.append(self.inbox.get())
-            with contextlib.suppress(queue.Empty):
-                while len(batch) < self.BATCH and batch[-1] is not None:
-                    batch.append(self.inbox.get_nowait())
-            ended = batch[-1] is None
-            self._handle(batch[:-1] if ended else batch)
-            if ended:
-                return
-            batch.clear()
-
-    def _handle(self, batch: list[Any]) -> None:
-        """Pass on what is done; a function of its own, so that nothing is held while waiting."""
-        refs = [ref for _, ref, future, _ in batch if future is None]
-        values: dict[Any, Any] = {}
-        if refs and self.lost() is None:
-            # Together, for a tenth of the time; or each alone, if one has failed or is not short.
-            with contextlib.suppress(Exception):
-                values.update(zip(refs, self.ray.get(refs, timeout=AHEAD_SECONDS)))
-        while batch:
-            work, ref, future, done = batch.pop(0)
-            if future is not None:
-                reply = self._reply(work, future.result)
-            elif ref in values:
-                reply = self._reply(work, functools.partial(values.pop, ref))
-            elif (reason := self.lost()) is not None:
-                reply = [], reason, 1, 0.0
-            else:
-                self._watch(work, ref, done)
-                continue
-            self.refs.pop(work, None)
-            done(work, reply)
-
-    def _reply(self, work: _Work, result: Callable[[], Any]) -> Reply:
-        name, count = _name(work), len(work.call[1]) if work.call else 1
+    def was_never_begun(self, ref: Any) -> bool:
         errors = self.ray.exceptions
         try:
-            data, rest = result()
+            self.get(ref)
+        except errors.TaskCancelledError as error:
+            # The owner's word: it was in its queue, or waited for arguments. A worker's word that it
+            # was interrupted comes as a RayTaskError, too.
+            return not isinstance(error, errors.RayTaskError)
+        except Exception:
+            return False  # it has ended, somehow: the waiter sees to that
+        return False
+
+    def in_io_thread(self, function: Callable[[], None]) -> bool:
+        """Call it where Ray's replies are handled, and wait for that; whether it was called."""
+        over = threading.Event()
+        raised: list[BaseException] = []
+
+        def call(_: object = None) -> None:
+            self.io_thread = threading.get_ident()
+            try:
+                function()
+            except BaseException as error:
+                raised.append(error)
+            finally:
+                over.set()
+
+        if threading.get_ident() == self.io_thread or not hasattr(self.nudge, "_on_completed"):
+            call()  # we are there; or the references of Ray Client know no such thread
+        else:
+            # Private, but there since Ray 1.0.
+            with contextlib.suppress(AttributeError):  # Ray was shut down
+                self.nudge._on_completed(call)
+            while not over.wait(1):
+                if self.lost() is not None:
+                    return False
+        return not raised
+
+    def stop(self, work: _Work) -> None:
+        with self.sent:
+            while work in self.sending and threading.current_thread() is not self.waiter:
+                self.sent.wait()
+            ref = work.slot
+            if self.lent.get(ref) is not work:
+                return
+            self.forget(ref)
+            self.stopping.append(ref)
+            self.core.stopped(work)
+        self.kill([ref])
+        self.feed()
+
+    def kill(self, refs: Sequence[Any]) -> None:
+        def cancel() -> None:
+            for ref in refs:
+                self.cancel(ref, force=True, recursive=False)
+
+        with contextlib.suppress(Exception):  # the session is gone, and its workers with it
+            self.in_io_thread(cancel)
+
+    def make_sure(self, seconds: float) -> None:
+        """Wait for so long for the end of what was stopped; and once more for what lives on. Ray
+        passes over a cancel() as long as another one of the same task is on its way."""
+        with _engine_lock:
+            refs, self.stopping = self.stopping, []
+        if refs:
+            rest = self.wait(refs, num_returns=len(refs), timeout=seconds, fetch_local=False)[1]
+            self.kill(rest)
+            with _engine_lock:
+                self.stopping += rest
+
+    def close(self) -> None:
+        self.closing = True
+        with contextlib.suppress(Exception):  # likewise
+            deadline = time.monotonic() + 5
+            while self.stopping and time.monotonic() < deadline and self.lost() is None:
+                self.make_sure(0.02)  # stopped means that its process is gone
+        self.news.put(None)
+        if not self.inside():
+            self.waiter.join(0.2)
+
+    # The waiter.
+
+    def live(self) -> None:
+        last = 0.0
+        while not self.closing:
+            try:
+                rung = self.rest()
+                last = self.hear_and_lend(rung, last)
+                del rung
+            except BaseException:
+                reason = self.lost()
+                if reason is not None:
+                    self.fail_all(reason)
+                else:
+                    # Of ours, or a cluster that can't be asked just now. A thread that ends would
+                    # leave all waiting.
+                    _log.critical("Exception in the waiter of an executor", exc_info=True)
+            self.core.settle()
+
+    def rest(self) -> set[Any]:
+        """Wait for news; the references that rang."""
+        rung = set()
+        with contextlib.suppress(queue.Empty):
+            # Nobody tells us that the cluster has grown, or that the session has ended. Only while
+            # tasks are lent: an idle executor wakes up for nothing.
+            timeout = 0.02 if self.stopping else 1.0 if self.lent else None
+            rung.add(self.news.get(timeout=timeout))
+            while True:
+                rung.add(self.news.get_nowait())
+        self.woken = False  # before we look for work: whoever finds it set, is seen to
+        rung.discard(None)
+        return rung
+
+    def hear_and_lend(self, rung: set[Any], last: float) -> float:
+        """Handle what has ended, and lend as much as there may be; when that was."""
+        # Asked again before each call: Ray would start a cluster of its own to answer it.
+        reason = self.lost()
+        if reason is not None:
+            self.fail_all(reason)
+            return 0.0
+        self.make_sure(0)
+        with _engine_lock:
+            head = list(islice(self.lent, _RAY_WINDOW))
+        if rung and len(head) > _RAY_GATHER and time.monotonic() < last + 0.003:
+            # They come fast: to wait for some more costs less than to look at each by itself.
+            self.wait(head, num_returns=_RAY_GATHER, timeout=0.01, fetch_local=False)
+        rung.update(head)
+        del head
+        with _engine_lock:
+            refs = [ref for ref in rung if ref in self.lent and ref not in self.asked]
+        if refs:
+            ready = self.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[0]
+            if ready:
+                self.hear(ready)
+        del refs, rung
+        heard = time.monotonic()
+        self.lend()
+        return heard
+
+    def hear(self, ready: list[Any]) -> None:
+        values: dict[Any, Any] = {}
+        with contextlib.suppress(Exception):
+            # Together, for a tenth of the time; or each alone, if one has failed.
+            values.update(zip(ready, self.get(ready)))
+        ended: list[tuple[_Work, Any]] = []
+        with _engine_lock:
+            for ref in ready:
+                if ref in self.lent and ref not in self.asked:
+                    work = self.lent[ref]
+                    get = functools.partial(values.pop if ref in values else self.get, ref)
+                    ended.append((work, (get, self.refused.get(ref, -1e9))))
+                    self.forget(ref)
+                    self.sending.add(work)  # it may be lent anew
+        del ready
+        outcomes: list[tuple[_Work, Reply]] = []
+        while ended:
+            work, (get, refused) = ended.pop()
+            reply = self.reply(work, get, refused)
+            if reply is None:
+                self.send(work)
+            else:
+                outcomes.append((work, reply))
+        outcomes.reverse()
+        with self.sent:
+            self.sending.difference_update([work for work, _ in outcomes])
+            self.sent.notify_all()
+        self.core.end(outcomes)
+
+    def reply(self, work: _Work, get: Callable[[], Any], refused: float) -> Reply | None:
+        """What became of it; None if it has to be lent anew."""
+        name, count = _name(work.call), _count(work.call)
+        errors = self.ray.exceptions
+        try:
+            data, rest = get()
             return _opened(data, rest, name, count)
+        except errors.TaskCancelledError as error:
+            # A take_back() has met it on its way in, or its worker has died after one said no, and
+            # Ray does not run again what was to be cancelled. Not so what has begun and is not to
+            # be retried.
+            is_interrupted = isinstance(error, errors.RayTaskError)
+            if self.retries or is_interrupted or time.monotonic() < refused + 1:
+                return None
+            failure = _broken(f"Ray lost {name}, or its worker: {error}")
+            return [], _caused(failure, error), count, 0.0
         except errors.RayTaskError as error:
             # Not from the task, whose exceptions come as values, but from around it.
             if isinstance(error.cause, errors.RaySystemError):
@@ -2094,34 +3663,132 @@ class _RayEngine(_Engine):
         except BaseException as error:
             return [], error, count, 0.0
 
-    def stop(self, work: _Work) -> None:
-        if (ref := self.refs.get(work)) is None or self.lost() is not None:
-            return
-        # From any other thread, cancel() may meet the end of its task between two halves of Ray's
-        # own account of it, and Ray then aborts this whole process ("Tried to complete task that
-        # was not pending"). In Ray's I/O thread, replies and this come one after the other.
-        kill = functools.partial(self.ray.cancel, ref, force=True)
-        if hasattr(self.nudge, "_on_completed"):  # private, and Ray Client's references have none
-            self.nudge._on_completed(lambda _: kill())
-        else:
-            kill()
-
-    def close(self) -> None:
-        self.inbox.put(None)
-
-    def _session(self) -> tuple[str, str]:
-        return self.context.gcs_address, self.context.get_job_id()
-
-    def lost(self) -> BaseException | None:
-        session = None
-        with contextlib.suppress(Exception):  # by which it says that Ray is not initialised
-            session = self._session()
-        if session != self.session:
-            return _broken("Ray was shut down while this executor lived")
+    def lend(self) -> None:
+        """Give Ray what it may have."""
         if time.monotonic() > self.measured + 1:
             with contextlib.suppress(Exception):  # its head is away: what was measured stands
                 self.measure()
+        window = self.max_workers
+        if self.capacity <= self.max_workers:
+            # The cluster is the bound. An autoscaler adds nodes for what waits, and twice of what it
+            # has is what lets it keep its own pace.
+            window = max(_RAY_WINDOW, 2 * self.capacity)
+        elif len(self.lent) > window:
+            # It has grown beyond what was asked for: no more than that shall run.
+            with _engine_lock:
+                late = list(islice(self.lent.values(), window, None))
+            self.take_back(late)
+        while True:
+            with _engine_lock:
+                works = self.core.take(min(window - len(self.lent), _RAY_GATHER))
+                self.sending.update(works)
+            if not works:
+                break
+            for work in works:
+                self.send(work)
+        with _engine_lock:
+            room = max(self.capacity, 0)
+            self.front = frozenset(islice(self.lent.values(), min(room, self.max_workers)))
+            for ref in islice(self.lent, max(room, 4) + len(self.dependents)):
+                if ref not in self.belled:
+                    self.belled.add(ref)
+                    self.ring_for(ref)
+
+    def ring_for(self, ref: Any) -> None:
+        put = self.news.put
+        if hasattr(ref, "_on_completed"):
+            ref._on_completed(lambda _: put(ref))
+        else:  # Ray Client's
+            ref.future().add_done_callback(lambda _: put(ref))
+
+    def send(self, work: _Work) -> None:
+        """Submit it to Ray; it stands in ``sending``, and nobody takes it back until it is sent."""
+        call = work.call
+        assert call is not None
+        failure: BaseException | None = None
+        ref = None
+        is_dependent = False
+        try:
+            if (reason := self.lost()) is not None:
+                raise reason
+            fn, arguments, how, budget = call
+            args: tuple[Any, ...] = ()
+            if budget is None:
+                args = (*arguments, *how.values())
+                is_dependent = any(isinstance(value, self.ray.ObjectRef) for value in args)
+            remote = self.remote(_name(call))
+            # In one piece, if it is plain: half the time. What only cloudpickle can send, Ray has to
+            # see, for it counts the references to objects that it finds there.
+            data = None if is_dependent or self.reraise else _plainly(call)
+            if data is not None:
+                ref = remote.remote(data)
+            elif is_dependent:
+                ref = remote.remote((fn, [], {}, budget, list(how), self.reraise), *args)
+            else:
+                ref = remote.remote((*call, [], self.reraise))
+        except BaseException as error:
+            failure = error
+        with self.sent:
+            self.sending.discard(work)
+            self.sent.notify_all()
+            if ref is not None:
+                work.slot = ref
+                self.lent[ref] = work
+                if is_dependent:
+                    self.dependents.add(ref)
+        if failure is not None:
+            reply: Reply = [], failure, _count(call), 0.0
+            if isinstance(failure, self.ray.exceptions.RayError):  # it was shut down just now
+                reply = [], _broken("Ray took no more tasks", failure), _count(call), 0.0
+            elif isinstance(failure, Exception) and not isinstance(failure, BrokenExecutor):
+                reply = [], _unpicklable(_name(call), failure), 0, 0.0
+            self.core.end([(work, reply)])
+
+    def remote(self, name: str) -> Any:
+        """The remote function under the name of the user's, for the dashboard and Ray's logs."""
+        if name not in self.remotes:
+            if len(self.remotes) > 100:
+                self.remotes.clear()
+            self.remotes[name] = _ray_with(_ray_remotes()[0], {"name": name, **self.options})
+        return self.remotes[name]
+
+    def forget(self, ref: Any) -> None:
+        """It is lent no more; under ``_engine_lock``."""
+        del self.lent[ref]
+        self.belled.discard(ref)
+        self.refused.pop(ref, None)
+        self.dependents.discard(ref)
+
+    def measure(self) -> None:
+        """Ask how many tasks the cluster can run at once; it may grow, or lose nodes."""
+        self.measured = time.monotonic()
+        has = self.resources()
+        counts = [int(has.get(name, 0) / each + 1e-9) for name, each in self.needs.items() if each]
+        if counts:
+            self.capacity = min(counts)
+        else:  # nothing that Ray would wait for: so the bound is ours
+            self.capacity = min(self.max_workers, max(int(has.get("CPU", 1)), 1))
+            self.max_workers = self.capacity
+
+    def lost(self) -> BaseException | None:
+        """Why no reply will come any more, if so."""
+        session = None
+        with contextlib.suppress(Exception):  # by which it says that Ray is not initialised
+            session = self.context.gcs_address, self.context.get_job_id()
+        if session != self.session:
+            return _broken("Ray was shut down while this executor lived")
         return None
+
+    def fail_all(self, reason: BaseException) -> None:
+        """The session is gone: what it had, and what is pending, ends with it."""
+        while True:
+            with _engine_lock:
+                works = [*self.lent.values(), *self.core.take(1000)]
+                for ref in list(self.lent):
+                    self.forget(ref)
+            if not works:
+                return
+            self.core.end([(work, ([], reason, _count(work.call), 0.0)) for work in works])
 
 
 def _ray_cause(error: Any) -> BaseException:
@@ -2168,6 +3835,10 @@ class RayParallelBackend(_EngineBackend, backend_name="ray"):
         return _RayEngine(ray, workers, options)
 
     @classmethod
+    def _default_workers(cls) -> int:
+        return sys.maxsize  # what the cluster's resources allow, as it grows and shrinks
+
+    @classmethod
     def _cpus(cls) -> tuple[int, int | None]:
         cpus = max(int(_started_ray().cluster_resources().get("CPU", 1)), 1)
         return cpus, cpus
@@ -2186,7 +3857,7 @@ class RayParallelBackend(_EngineBackend, backend_name="ray"):
         return start
 
     def _futures(self, handles: Sequence[Any]) -> list[Future[Any] | None]:
-        ray = _required("ray")
+        ray = _import_or_explain("ray")
         # Asked first, since the future even of what is done is done a little later.
         refs = list({handle for handle in handles if isinstance(handle, ray.ObjectRef)})
         late = ray.wait(refs, num_returns=len(refs), timeout=0)[1] if refs else []
@@ -2197,7 +3868,7 @@ class RayParallelBackend(_EngineBackend, backend_name="ray"):
         ]
 
     def _value(self, handle: Any, timeout: float | None) -> Any:
-        ray = _required("ray")
+        ray = _import_or_explain("ray")
         if not isinstance(handle, ray.ObjectRef):
             return super()._value(handle, timeout)
         try:
@@ -2234,8 +3905,11 @@ def _checks(name: str) -> Iterator[tuple[str, bool]]:
         pends = cancels and CancellationPolicy.PENDING in policy
         runs = cancels and CancellationPolicy.RUNNING in policy
         with backend.executor(1, cancel_futures=policy) as executor:
-            running = executor.submit(time.sleep, wait if runs else 0.1)
+            running = executor.submit(time.sleep, wait if runs else 0.3)
             pending = executor.submit(int)
+            while cancels and not running.running():
+                time.sleep(0.001)
+            time.sleep(0.1 * cancels)  # on Ray, running() is a guess
         yield (
             f"cancellation: {policy.name}",
             (pending.cancelled(), running.cancelled()) == (pends, runs),
@@ -2271,7 +3945,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in chosen:
         print()
         try:
-            version = "" if name == "sequential" else _required(name).__version__
+            version = "" if name == "sequential" else _import_or_explain(name).__version__
         except ImportError as error:
             print(f"{name}: {'not installed: ' if error.name == name else ''}{error}")
             if error.name != name:
