@@ -1880,7 +1880,7 @@ def _count(call: Call | None) -> int:
 def _import_or_explain(package: str) -> ModuleType:
     """A package that a backend can't do without, or a module of one."""
     top = package.partition(".")[0]
-    if package not in sys.modules:
+    if sys.modules.get(package) is None:  # None, where somebody has blocked it
         try:
             with warnings.catch_warnings():
                 # Without semaphores (no /dev/shm, say) joblib says so, which is untrue of us.
