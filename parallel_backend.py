@@ -752,6 +752,31 @@ def _under_a_lock() -> bool:
     return bool(cast("Any", _lock)._is_owned() or cast("Any", _engine_lock)._is_owned())
 
 
+_RAISING = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGALRM")]
+"""The signals whose handlers are wont to raise: Ctrl-C, a supervisor's word, a time limit."""
+
+
+@contextlib.contextmanager
+def _later_signals() -> Iterator[None]:
+    """Handle a signal that comes in here when it is left. Where a handler raised between a task's
+    leaving one place and its coming to the next, it would be nobody's, and the end would wait for it."""
+    handlers: dict[Any, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # in any other, none are handled
+        for number in filter(None, _RAISING):
+            if callable(handler := signal.getsignal(number)):
+                handlers[number] = handler
+    came: list[Any] = []
+    try:
+        for number in handlers:
+            signal.signal(number, lambda *signal_and_frame: came.append(signal_and_frame))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in came:
+            handlers[number](number, frame)
+
+
 Call = tuple["Callable[..., Any]", Any, Any, "float | None"]
 """What a worker is to run. Of a task: the function, its arguments, its keywords, None. Of a chunk:
 the function, a list of items, whether each is a tuple of arguments, and the seconds after which the
@@ -888,6 +913,21 @@ class _Task(Future[Any]):
     def __repr__(self) -> str:
         text = super().__repr__()
         return text.replace("state=pending", "state=running") if self.running() else text
+
+    def _invoke_callbacks(self) -> None:
+        # Future's own leaves out the rest when one exits: asyncio's, say, which then waits for ever.
+        raised = None
+        for callback in cast("Any", self)._done_callbacks:  # private, as above
+            try:
+                callback(self)
+            except Exception:
+                logging.getLogger("concurrent.futures").exception(
+                    "exception calling callback for %r", self
+                )
+            except BaseException as error:
+                raised = raised or error
+        if raised is not None:
+            raise raised
 
     def finish(self, reply: Reply) -> None:
         values, failure, _, _ = reply
@@ -1104,8 +1144,8 @@ class _Core:
                 self.engine.feed()
         except BaseException:
             if isinstance(new, _Task) and new.place is _PENDING:
-                self.works.discard(new)  # Ctrl-C: nobody gets its future; or take() meets it anyway
-                self.hungry = True
+                self.works.discard(new)  # a Ctrl-C: nobody gets its future, but take() may meet it
+            self.hungry = True  # whoever was to be fed, may not have been
             raise
 
     def withdraw(self, works: Sequence[_Work], stop: bool) -> None:
@@ -1113,20 +1153,20 @@ class _Core:
         if _under_a_lock():
             self.defer(functools.partial(self.withdraw, works, stop))
             return
-        lent: list[_Work] = []
-        try:
+        with _later_signals():
             with _lock:
                 for work in works:
                     if work.place is _PENDING:
                         work.place = _CANCELLED
-                    elif work.place is _LENT:
-                        work.unwanted += 1
-                        lent.append(work)
-            self.recall(lent, True, stop)
-        finally:
-            with _lock:
+                lent = [work for work in works if work.place is _LENT]
                 for work in lent:
-                    work.unwanted -= 1
+                    work.unwanted += 1
+            try:
+                self.recall(lent, True, stop)
+            finally:
+                with _lock:
+                    for work in lent:
+                        work.unwanted -= 1
         self.tell([work for work in works if work.place is _CANCELLED])
         self.settle()
 
@@ -1150,22 +1190,23 @@ class _Core:
         if _under_a_lock():
             self.defer(functools.partial(self.shutdown, False, policy))
             return
-        with _lock:
-            if policy is None:
-                policy = CancellationPolicy.NONE if self.stage else self.policy
-            discards = CancellationPolicy.PENDING in policy
-            stops = CancellationPolicy.RUNNING in policy
-            self.stage = max(self.stage, _Stage.DISCARDING if discards else _Stage.DRAINING)
-            dropped: list[Any] = []
-            if discards:
-                for work in self.works:
-                    if work.place is _PENDING:
-                        work.place = _CANCELLED
-                dropped = [self.pending, *map(self.cancel_map, self.pending)]
-                self.pending = collections.deque()
-            lent = [work for work in self.works if work.place is _LENT]
-        self.recall(lent, discards, stops)
-        del dropped, lent
+        with _later_signals():
+            with _lock:
+                if policy is None:
+                    policy = CancellationPolicy.NONE if self.stage else self.policy
+                discards = CancellationPolicy.PENDING in policy
+                stops = CancellationPolicy.RUNNING in policy
+                self.stage = max(self.stage, _Stage.DISCARDING if discards else _Stage.DRAINING)
+                dropped: list[Any] = []
+                if discards:
+                    for work in self.works:
+                        if work.place is _PENDING:
+                            work.place = _CANCELLED
+                    dropped = [self.pending, *map(self.cancel_map, self.pending)]
+                    self.pending = collections.deque()
+                lent = [work for work in self.works if work.place is _LENT]
+            self.recall(lent, discards, stops)
+            del dropped, lent
         # Last, since their callbacks may take their time.
         with _lock:
             cancelled = [work for work in self.works if work.place is _CANCELLED]
@@ -1376,7 +1417,6 @@ class _Core:
         """In a forked child, which has none of our threads, and no right to our workers."""
         self.engine = _Nothing()
         self.engine.core = self
-        self.closed = threading.Condition(_lock)
         self.stage = _Stage.CLOSED
         self.pending.clear()
         self.works.clear()
@@ -1539,8 +1579,8 @@ _registered: set[tuple[Callable[[], None], int]] = (
 
 def _forget_all() -> None:
     """In a forked child: whoever held a lock in the parent is not here to release it."""
-    global _lock, _engine_lock
-    _lock, _engine_lock = threading.RLock(), threading.RLock()
+    for lock in (_lock, _engine_lock):
+        cast("Any", lock)._at_fork_reinit()  # private, but what threading and logging rely on
     for core in list(_Core.live):
         core.forget()
 
@@ -1910,25 +1950,34 @@ class _InlineEngine(_Engine):
     def feed(self) -> None:
         core = self.core
         if _under_a_lock():
-            core.deferred.append(self.feed)  # a __del__ has submitted
+            # A __del__ has submitted: some other thread has to do it. At exit none can start.
+            core.deferred.append(self.feed)
+            with contextlib.suppress(RuntimeError):
+                _thread.start_new_thread(core.settle, ())
             return
-        with self.turn:
-            if not self.depth:
-                # What is lent now, a Ctrl-C has taken out of the hands of the thread that ran it.
-                lost = [work for work in [*core.works] if work.place is _LENT]
-                core.end([(work, ([], KeyboardInterrupt(), 1, 0.0)) for work in lost])
-            self.depth += 1
-            taken: list[_Work] = []
-            try:
-                # Two are asked for, and there is one at most: so feed() comes at every add(), that
-                # of a task which submits, too.
-                while taken := core.take(2):
-                    while taken:
-                        self.run(taken.pop(0))
-            finally:
-                self.depth -= 1
-                core.put_back(taken)
+        # Without a task there is nothing to wait for: who has the turn settles when it is out.
+        if not self.turn.acquire(blocking=bool(core.pending)):
+            return
+        try:
+            self.run_all()
+        finally:
+            self.turn.release()
         core.settle()
+
+    def run_all(self) -> None:
+        core = self.core
+        depth = self.depth
+        if not depth:
+            # What is lent now, a Ctrl-C has taken out of the hands of the thread that ran it.
+            lost = [work for work in [*core.works] if work.place is _LENT]
+            core.end([(work, ([], KeyboardInterrupt(), 1, 0.0)) for work in lost])
+        try:
+            self.depth = depth + 1
+            while taken := core.take(1):
+                core.ask()  # so that feed() comes for a task that this one submits
+                self.run(taken.pop())
+        finally:
+            self.depth = depth
 
     def run(self, work: _Work) -> None:
         call = work.call
@@ -1947,65 +1996,96 @@ class _InlineEngine(_Engine):
 
 
 class _OverEngine(_Engine):
-    """Any other executor: it gets as many tasks as it can run, and gives back by Future.cancel()."""
+    """Any other executor: it gets as many tasks as it can run, and gives back by Future.cancel().
+
+    A thread of ours submits to it and hears of the ends. It can be no other: an executor may call
+    back, and the collector may run a ``__del__`` that submits, while it holds locks of its own.
+    """
 
     def __init__(self, executor: Executor, max_workers: int) -> None:
         self.executor = executor
         self.max_workers = max_workers
         self.inner: dict[_Work, Future[Any] | None] = {}
-        """What was lent, and its future; None while it is being submitted. Under _engine_lock."""
+        """What was lent, and its future; None while it is submitted. Under _engine_lock."""
+        self.submitted = threading.Condition(_engine_lock)  # notified when one is None no more
         self.returning: Future[Any] | None = None  # the one that take_back() is about to cancel
+        self.news: queue.SimpleQueue[tuple[_Work, Future[Any]] | None] = queue.SimpleQueue()
+        """What has ended; None: look for work."""
+        self.closing = False
+        # Pools of threads take no task at the interpreter's exit. Private, but what they use.
+        with contextlib.suppress(RuntimeError, AttributeError):
+            cast("Any", threading)._register_atexit(_end_all)
+        self.thread = threading.Thread(target=self.live, name="parallel_backend over", daemon=True)
+        self.thread.start()
 
     def feed(self) -> None:
-        core = self.core
-        if _under_a_lock():
-            core.deferred.append(self.feed)  # a __del__ has submitted
-            return
+        self.news.put(None)
+
+    def inside(self) -> bool:
+        return threading.current_thread() is self.thread
+
+    def live(self) -> None:
+        while not self.closing:
+            news = [self.news.get()]
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    news.append(self.news.get_nowait())
+            self.hear([each for each in news if each is not None])
+            self.lend()
+            self.core.settle()
+            del news
+
+    def hear(self, ended: list[tuple[_Work, Future[Any]]]) -> None:
+        outcomes: list[tuple[_Work, Reply]] = []
+        with _engine_lock:
+            for work, inner in ended:
+                if self.inner.get(work) is not inner:
+                    continue  # put back
+                del self.inner[work]
+                if inner.cancelled():
+                    self.core.stopped(work)  # not by us: a dask client that closes, say
+                elif (error := inner.exception()) is not None:
+                    outcomes.append((work, ([], error, _count(work.call), 0.0)))
+                else:
+                    outcomes.append((work, inner.result()))
+        self.core.end(outcomes)
+
+    def lend(self) -> None:
+        failed: list[tuple[_Work, Reply]] = []
         while True:
             with _engine_lock:
-                taken = core.take(self.max_workers - len(self.inner))
+                taken = self.core.take(self.max_workers - len(self.inner))
                 self.inner.update(dict.fromkeys(taken))
-            core.settle()
             if not taken:
-                return
+                break
             for work in taken:
-                self.start(work, cast("Call", work.call))
+                call = cast("Call", work.call)
+                inner = None
+                try:
+                    inner = self.executor.submit(_portable_run, *call)
+                except BaseException as error:
+                    failed.append((work, ([], error, _count(call), 0.0)))
+                with self.submitted:
+                    if inner is None:
+                        del self.inner[work]
+                    else:
+                        self.inner[work] = inner
+                    self.submitted.notify_all()
+                if inner is not None:
+                    inner.add_done_callback(functools.partial(self.note, work))
+            self.core.end(failed)
+            failed.clear()
 
-    def start(self, work: _Work, call: Call) -> None:
-        try:
-            inner = self.executor.submit(_portable_run, *call)
-        except BaseException as error:
-            self.over(work, ([], error, _count(call), 0.0))
-            if not isinstance(error, Exception):
-                raise
-            return
-        with _engine_lock:
-            self.inner[work] = inner
-        inner.add_done_callback(functools.partial(self.heard, work))
-
-    def heard(self, work: _Work, inner: Future[Any]) -> None:
-        if inner is self.returning:
-            return
-        if inner.cancelled():
-            # Not by us: a dask client that closes, say.
-            with _engine_lock:
-                del self.inner[work]
-                self.core.stopped(work)
-            self.core.settle()
-        elif (error := inner.exception()) is not None:
-            self.over(work, ([], error, _count(work.call), 0.0))
-        else:
-            self.over(work, inner.result())
-
-    def over(self, work: _Work, reply: Reply) -> None:
-        with _engine_lock:
-            del self.inner[work]
-        self.core.end([(work, reply)])
-        self.feed()
+    def note(self, work: _Work, inner: Future[Any]) -> None:
+        """It has ended; in whichever thread says so, and under whatever lock."""
+        if inner is not self.returning or not inner.cancelled():
+            self.news.put((work, inner))
 
     def take_back(self, works: list[_Work]) -> None:
         for work in works:
-            with _engine_lock:
+            with self.submitted:
+                while self.inner.get(work, work) is None and not self.inside():
+                    self.submitted.wait()  # for its future, with which it can be asked back
                 self.returning = inner = self.inner.get(work)
                 # Under the lock, for nobody else has this future, so no callback runs but ours.
                 if inner is not None and inner.cancel():
@@ -2020,7 +2100,11 @@ class _OverEngine(_Engine):
         return inner is not None and inner.running()
 
     def close(self) -> None:
+        self.closing = True
         self.executor.shutdown(wait=False)
+        self.feed()
+        if not self.inside():
+            self.thread.join(0.2)  # unless it is in a callback, say
 
 
 class _Portable:
@@ -2196,22 +2280,26 @@ class _Process:
         if sys.platform == "win32":
             self.popen.terminate()
             return
-        for kill in (os.killpg, os.kill):  # it may have no group yet
+        for kill in (os.killpg, os.kill):  # it may have no group yet, or have gone to another
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 kill(self.popen.pid, signal.SIGKILL)
-                return
+
+    def reap(self) -> None:
+        """Kill it and wait until it is gone."""
+        with self.ended:
+            if self.exitcode is None:  # else its id may be another's by now
+                self.kill()
+                self.exitcode = self.popen.wait()
+                self.unlink()
 
     def end(self) -> None:
-        """Kill it, wait until it is gone, and give back what it has held."""
+        """Kill it, wait until it is gone, and give back what it has held. For whoever reads from it."""
         with self.ended:
             if self.gone:
                 return
-            if self.popen.returncode is None:  # else its id may be another's by now
-                self.kill()
-            self.exitcode = self.popen.wait()
+            self.reap()
             self.gone = True
             self.alive.discard(self)
-            self.unlink()
             self.connection.close()
             if self.lifeline is not None:
                 self.lifeline.close()
@@ -2220,14 +2308,22 @@ class _Process:
 
     def has_died(self) -> bool:
         with self.ended:
-            return self.gone or self.popen.poll() is not None
+            if self.gone or self.exitcode is not None:
+                return True
+            if sys.platform == "win32" or not hasattr(os, "waitid"):
+                return self.popen.poll() is not None
+            # Not reaped yet: what it has started is to be killed together with it.
+            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            return os.waitid(os.P_PID, self.popen.pid, flags) is not None
 
     def how_it_ended(self) -> str:
         code = self.exitcode
         if code is None:
             return "in a way unknown"
         if code < 0:
-            return f"by signal {-code} ({signal.Signals(-code).name})"
+            with contextlib.suppress(ValueError):  # a real-time signal has no name
+                return f"by signal {-code} ({signal.Signals(-code).name})"
+            return f"by signal {-code}"
         return f"with exit code {code}"
 
 
@@ -2311,15 +2407,26 @@ class _Starter:
         """Warm processes, and since when: its methods are atomic, so there is no lock. The first
         is the one kept longest."""
 
-    def order(self, engine: _LokyEngine | None) -> None:
+    def order(self, engine: _LokyEngine) -> None:
+        thread = None
         with _engine_lock:
             if self.thread is None:
-                thread = threading.Thread(
+                self.thread = thread = threading.Thread(
                     target=self.live, name="parallel_backend starter", daemon=True
                 )
-                thread.start()
-                self.thread = thread
             self.orders.put(engine)
+        if thread is None:
+            return
+        try:
+            # Not under the lock: it waits for the new thread, and the collector may run there.
+            thread.start()
+        except RuntimeError as error:  # no thread can be started
+            with _engine_lock:
+                self.thread = None
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    if (other := self.orders.get_nowait()) is not None:
+                        self.deliver(other, None, error)
 
     def live(self) -> None:
         while True:
@@ -2344,6 +2451,11 @@ class _Starter:
                     process = _Process(engine.env)
                 except BaseException as raised:
                     error = raised.with_traceback(None)
+        self.deliver(engine, process, error)
+
+    def deliver(
+        self, engine: _LokyEngine, process: _Process | None, error: BaseException | None
+    ) -> None:
         with _engine_lock:
             # Either close() comes after this and sees it, or this sees that it came.
             is_taken = not engine.closing
@@ -2496,10 +2608,10 @@ def _pickled(call: Call, heads: dict[Any, bytes]) -> Message:
 #    replied to: the first one of the front batch. It is the one that runs, and all that a death costs.
 # 4. A task that runs is killed only when every call behind it has been taken back. If one of those
 #    has begun, the task has ended, and its reply is on its way.
-# 5. While a worker is idle, nothing is pending or lent beyond what runs. One that runs dry takes half
-#    of what the fullest has been lent. When any worker is filled, what was lent to one that has been
-#    silent for 5 ms comes back first. So nothing sits behind a long task, and two tasks that wait for
-#    each other meet; without a timer.
+# 5. While a worker is idle, nothing is pending or lent beyond what runs: when one runs dry, all that
+#    comes back first. When another is filled, so does what was lent to one that has been silent for
+#    5 ms. So nothing sits behind a long task while it could run, and two neighbours that wait for each
+#    other meet; without a timer. Which of those that were lent ahead begins first is not promised.
 # 6. A worker is lent what takes it 20 ms at the pace measured of late. A send never waits for a busy
 #    worker: a large message goes to one that has nothing else to do.
 #
@@ -2512,6 +2624,15 @@ _AHEAD = 0.02  # seconds of work that a worker may have
 _QUIET = 0.005  # seconds
 _LARGE = 32 * 1024 if sys.platform != "darwin" else 4 * 1024  # bytes: what surely fits into a pipe
 _PATIENCE = 3  # workers in a row that could not be started, before what is pending fails
+
+
+def _sizes(works: Sequence[_Work]) -> Iterator[int]:
+    """How many bytes each adds to a message, in which a function is sent once."""
+    heads = set()
+    for work in works:
+        head, body = work.message
+        yield len(body) + (len(head) if head and head not in heads else 0)
+        heads.add(head)
 
 
 class _Batch:
@@ -2537,8 +2658,9 @@ class _Seat:
 class _Worker:
     """A process and what it has been lent; all of it under ``_engine_lock``."""
 
-    def __init__(self, process: _Process) -> None:
+    def __init__(self, process: _Process, is_new: bool) -> None:
         self.process = process
+        self.is_new = is_new  # and no warm one, which may find that it is not as it was, and end
         self.inbox = bytearray()
         self.batches: collections.deque[_Batch] = collections.deque()
         """At most two; the first is what it works on."""
@@ -2610,9 +2732,13 @@ class _LokyEngine(_Engine):
         # Without a lock, since it comes from anywhere. Two threads may both ring: no harm. The
         # reader takes woken away before it looks for work, so whoever finds it set is seen to.
         if not self.woken:
-            self.woken = True
-            with contextlib.suppress(OSError):  # the reader has just closed its end
-                self.ring(b"")
+            try:
+                self.woken = True
+                with contextlib.suppress(OSError):  # the reader has just closed its end
+                    self.ring(b"")
+            except BaseException:
+                self.woken = False  # a Ctrl-C: nobody would ring ever after
+                raise
 
     def inside(self) -> bool:
         return threading.current_thread() in (self.reader, _starter.thread)
@@ -2668,7 +2794,7 @@ class _LokyEngine(_Engine):
             # it does so later.
             self.reader.join(0.2)
         for worker in doomed:
-            worker.process.end()
+            worker.process.reap()  # the reader may be just about to read from it
 
     # The reader.
 
@@ -2687,6 +2813,8 @@ class _LokyEngine(_Engine):
         """Wait for news, handle all there is, and lend what there is to lend."""
         news = self.watch.wait(IDLE_SECONDS if self.idle else None)
         for worker, is_dead in news:
+            if self.closing:
+                return  # also if a callback has just closed us: nothing is to be read any more
             if worker is None:
                 self.bell.recv_bytes()
                 self.woken = False
@@ -2706,7 +2834,9 @@ class _LokyEngine(_Engine):
     def start_more(self) -> None:
         """Have as many workers started as there is work for."""
         with _engine_lock:
+            # What is lent beyond what runs waits, too: a fresh worker takes it over.
             waiting = self.core.ask()
+            waiting += sum(max(worker.outstanding - 1, 0) for worker in self.workers)
             coming = self.starting + sum(not worker.process.up for worker in self.workers)
             room = self.limit - len(self.workers) - self.starting
             count = max(0, min(room, waiting - len(self.idle) - coming))
@@ -2715,25 +2845,21 @@ class _LokyEngine(_Engine):
             process = _starter.adopt(shape)
             if process is None:
                 self.starting += 1
-                try:
-                    _starter.order(self)
-                except RuntimeError as error:  # no thread can be started
-                    self.arrived.append((None, error))
-                    self.feed()
+                _starter.order(self)
             else:
-                self.employ(process)
+                self.employ(process, is_new=False)
 
     def welcome(self) -> None:
         while self.arrived:
             process, error = self.arrived.popleft()
             self.starting -= 1
             if process is not None:
-                self.employ(process)
+                self.employ(process, is_new=True)
             else:
                 self.refuse(error)
 
-    def employ(self, process: _Process) -> None:
-        worker = _Worker(process)
+    def employ(self, process: _Process, is_new: bool) -> None:
+        worker = _Worker(process, is_new)
         with _engine_lock:
             self.workers.append(worker)
         self.watch.add(process.connection, (worker, False))
@@ -2791,12 +2917,10 @@ class _LokyEngine(_Engine):
             return []
         now = time.perf_counter()
         for other in self.quiet:
-            if now - other.heard < _QUIET:
+            if not is_dry and now - other.heard < _QUIET:
                 break
             if other.outstanding > 1 and other is not worker:
                 core.put_back(other.take_back())
-        if is_dry and not core.pending:
-            self.take_from_fullest()
         works = core.take(min(room, _BATCH, 1 + core.waiting() // there))
         for work in works:
             work.slot = _Seat(worker)
@@ -2807,16 +2931,6 @@ class _LokyEngine(_Engine):
                 self.quiet.pop(worker, None)
                 self.idle.append(worker)
         return works
-
-    def take_from_fullest(self) -> None:
-        """Take half of what the fullest worker has been lent, or the next; under ``_engine_lock``."""
-        lenders = [worker for worker in self.workers if worker.outstanding > 1]
-        lenders.sort(key=lambda worker: worker.outstanding)
-        while lenders:
-            fullest = lenders.pop()
-            if back := fullest.take_back(fullest.outstanding // 2):
-                self.core.put_back(back)
-                return
 
     def fill(self, worker: _Worker) -> None:
         """Lend a worker what it may have."""
@@ -2862,8 +2976,9 @@ class _LokyEngine(_Engine):
     def fitting(self, worker: _Worker, works: Sequence[_Work]) -> int:
         """How many of them can be sent now: the first, if it is dry; more, if they are small."""
         total = sum(batch.size for batch in worker.batches)
-        for count, work in enumerate(works):
-            total += len(work.message[1])
+        sizes = _sizes(works)
+        for count, size in enumerate(sizes):
+            total += size
             if (count or worker.outstanding) and (self.idle or total > _LARGE):
                 return count
         return len(works)
@@ -2871,7 +2986,7 @@ class _LokyEngine(_Engine):
     def record(self, worker: _Worker, works: Sequence[_Work]) -> bytes:
         """Give them a permit each; the message to send. Under ``_engine_lock``."""
         slot = 1 - worker.batches[-1].slot if worker.batches else 0
-        batch = _Batch(slot, works, sum(len(work.message[1]) for work in works))
+        batch = _Batch(slot, works, sum(_sizes(works)))
         permits = worker.process.permits
         for work in works:
             work.slot.batch = batch
@@ -2989,7 +3104,7 @@ class _LokyEngine(_Engine):
                 "ran is lost; the executor goes on."
             )
             self.core.end([(work, ([], failure, _count(work.call), 0.0))])
-        if not process.up:
+        if worker.is_new and not process.up:
             self.refuse(RuntimeError(f"a worker process ended {how} while it started"))
 
     def part(self) -> None:
@@ -3259,6 +3374,8 @@ def _ray_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
         if in_main and before is not state.get("handler"):
 
             def handler(number: int, frame: Any) -> None:
+                if before is signal.SIG_IGN:
+                    return
                 if context.get_task_id() is None or context.get_task_id() != state["task"]:
                     (before if callable(before) else signal.default_int_handler)(number, frame)
 
@@ -3285,8 +3402,16 @@ def _ray_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
                 split = len(args) - len(names)
                 arguments, how = args[:split], dict(zip(names, args[split:]))
 
+        def got(value: Any) -> Any:
+            if not isinstance(value, ray.ObjectRef):
+                return value
+            try:
+                return ray.get(value)
+            except ray.exceptions.RayTaskError as error:
+                raise (error.cause if isinstance(error.cause, BaseException) else error) from None
+
         def resolved(*args: Any) -> Any:
-            return fn(*(ray.get(a) if isinstance(a, ray.ObjectRef) else a for a in args))
+            return fn(*map(got, args))
 
         # A handle among the items of a chunk comes as it is.
         items = arguments if budget is not None and how else [arguments]
@@ -3315,7 +3440,7 @@ def _ray_remotes() -> tuple[Any, Any]:
     """Remote functions, made once: Ray exports them when first called in each session."""
     ray = _import_or_explain("ray")
     work, call = _ray_functions()
-    return _only_connected(ray.remote(work)), ray.remote(call)
+    return _only_connected(ray.remote(work)), _only_connected(ray.remote(call))
 
 
 def _ray_with(remote: Any, options: dict[str, Any]) -> Any:
@@ -3400,9 +3525,10 @@ class _RayEngine(_Engine):
         self.sent = threading.Condition(_engine_lock)  # notified when sending gets smaller
         self.asked: set[Any] = set()  # references that a take_back() has in hand, and nobody else
         self.belled: set[Any] = set()
+        self.more_bells = 0  # than can run: tasks that wait in ray.get() give back their CPUs
         self.refused: dict[Any, float] = {}  # when a take_back() found that one had begun
         self.front: frozenset[_Work] = frozenset()  # what runs, as far as one can know
-        self.stopping: list[Any] = []  # references of what was killed
+        self.stopping: set[Any] = set()  # references of what was killed and is not known to be gone
         self.dependents: set[Any] = set()  # those that may wait for an argument, out of order
         self.news: queue.SimpleQueue[Any] = queue.SimpleQueue()  # references that rang; None: look
         self.woken = False
@@ -3410,13 +3536,29 @@ class _RayEngine(_Engine):
         self.closing = False
         self.waiter = threading.Thread(target=self.live, name="parallel_backend ray", daemon=True)
         self.waiter.start()
+        self.learn_io_thread()
+
+    def learn_io_thread(self) -> None:
+        learnt = threading.Event()
+
+        def note(_: object) -> None:
+            self.io_thread = threading.get_ident()
+            learnt.set()
+
+        if hasattr(self.nudge, "_on_completed"):
+            self.nudge._on_completed(note)
+            learnt.wait(1)  # in vain, if this is that thread
 
     # What the core calls.
 
     def feed(self) -> None:
         if not self.woken:
-            self.woken = True
-            self.news.put(None)
+            try:
+                self.woken = True
+                self.news.put(None)
+            except BaseException:
+                self.woken = False  # a Ctrl-C: nobody would ring ever after
+                raise
 
     def inside(self) -> bool:
         return threading.current_thread() is self.waiter or threading.get_ident() == self.io_thread
@@ -3428,41 +3570,48 @@ class _RayEngine(_Engine):
         return work in self.front
 
     def take_back(self, works: list[_Work]) -> None:
-        in_waiter = threading.current_thread() is self.waiter
         # Oldest first: Ray looks for each from the front of its queue. So many at once, so that
         # its I/O thread is not kept for long.
         for start in range(0, len(works), 500):
-            with self.sent:
-                some = set(works[start : start + 500])
-                while not in_waiter and not self.closing and some & self.sending:
-                    self.sent.wait()
-                refs = [
-                    work.slot
-                    for work in works[start : start + 500]
-                    if self.lent.get(work.slot) is work and work.slot not in self.asked
-                ]
-                self.asked.update(refs)
-            if refs:
-                self.take_back_refs(refs)
+            refs: list[Any] = []
+            taken: set[Any] = set()
+            try:
+                with self.sent:
+                    some = works[start : start + 500]
+                    while not self.inside() and not self.closing and self.sending & {*some}:
+                        self.sent.wait()
+                    for work in some:
+                        ref = work.slot
+                        if self.lent.get(ref) is work and ref not in self.asked:
+                            refs.append(ref)
+                            self.asked.add(ref)
+                taken = self.cancelled_in_time(refs) if refs else set()
+            finally:
+                self.give_back(refs, taken)
         self.core.settle()
         self.feed()
 
-    def take_back_refs(self, refs: list[Any]) -> None:
-        taken: set[Any] = set()
+    def cancelled_in_time(self, refs: list[Any]) -> set[Any]:
+        """Ask Ray for them; those that it has not given to a worker, nor will."""
+        if not self.in_io_thread(lambda: self.cancel_all(refs)):
+            return set()
         try:
-            if self.in_io_thread(lambda: self.cancel_all(refs)):
-                ready = self.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[0]
-                taken.update(ref for ref in ready if self.was_never_begun(ref))
-        finally:
-            with _engine_lock:
-                self.asked.difference_update(refs)
-                self.core.put_back([self.lent[ref] for ref in refs if ref in taken])
-                for ref in refs:
-                    if ref in taken:
-                        self.forget(ref)
-                    else:
-                        self.refused[ref] = time.monotonic()
-                        self.news.put(ref)  # the waiter may have passed it over while we had it
+            ready = self.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[0]
+        except self.ray.exceptions.RayError:
+            return set()  # the session is gone: the waiter ends them
+        return {ref for ref in ready if self.was_never_begun(ref)}
+
+    def give_back(self, refs: list[Any], taken: set[Any]) -> None:
+        with _engine_lock:
+            self.asked.difference_update(refs)
+            refs = [ref for ref in refs if ref in self.lent]  # less those stopped meanwhile
+            self.core.put_back([self.lent[ref] for ref in refs if ref in taken])
+            for ref in refs:
+                if ref in taken:
+                    self.forget(ref)
+                else:
+                    self.refused[ref] = time.monotonic()
+                    self.news.put(ref)  # the waiter may have passed it over while we had it
 
     def cancel_all(self, refs: list[Any]) -> None:
         for ref in refs:
@@ -3486,7 +3635,6 @@ class _RayEngine(_Engine):
         raised: list[BaseException] = []
 
         def call(_: object = None) -> None:
-            self.io_thread = threading.get_ident()
             try:
                 function()
             except BaseException as error:
@@ -3497,9 +3645,10 @@ class _RayEngine(_Engine):
         if threading.get_ident() == self.io_thread or not hasattr(self.nudge, "_on_completed"):
             call()  # we are there; or the references of Ray Client know no such thread
         else:
-            # Private, but there since Ray 1.0.
-            with contextlib.suppress(AttributeError):  # Ray was shut down
-                self.nudge._on_completed(call)
+            try:
+                self.nudge._on_completed(call)  # private, but there since Ray 1.0
+            except AttributeError:
+                return False  # Ray was shut down
             while not over.wait(1):
                 if self.lost() is not None:
                     return False
@@ -3507,13 +3656,13 @@ class _RayEngine(_Engine):
 
     def stop(self, work: _Work) -> None:
         with self.sent:
-            while work in self.sending and threading.current_thread() is not self.waiter:
+            while work in self.sending and not self.inside():
                 self.sent.wait()
             ref = work.slot
             if self.lent.get(ref) is not work:
                 return
             self.forget(ref)
-            self.stopping.append(ref)
+            self.stopping.add(ref)
             self.core.stopped(work)
         self.kill([ref])
         self.feed()
@@ -3529,13 +3678,12 @@ class _RayEngine(_Engine):
     def make_sure(self, seconds: float) -> None:
         """Wait for so long for the end of what was stopped; and once more for what lives on. Ray
         passes over a cancel() as long as another one of the same task is on its way."""
-        with _engine_lock:
-            refs, self.stopping = self.stopping, []
+        refs = list(self.stopping)
         if refs:
-            rest = self.wait(refs, num_returns=len(refs), timeout=seconds, fetch_local=False)[1]
+            ready, rest = self.wait(refs, num_returns=len(refs), timeout=seconds, fetch_local=False)
             self.kill(rest)
             with _engine_lock:
-                self.stopping += rest
+                self.stopping.difference_update(ready)
 
     def close(self) -> None:
         self.closing = True
@@ -3593,12 +3741,17 @@ class _RayEngine(_Engine):
         if rung and len(head) > _RAY_GATHER and time.monotonic() < last + 0.003:
             # They come fast: to wait for some more costs less than to look at each by itself.
             self.wait(head, num_returns=_RAY_GATHER, timeout=0.01, fetch_local=False)
+        any_rang = bool(rung)
         rung.update(head)
         del head
         with _engine_lock:
             refs = [ref for ref in rung if ref in self.lent and ref not in self.asked]
         if refs:
             ready = self.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[0]
+            if not any_rang and not self.belled.issuperset(ready):
+                self.more_bells = (
+                    2 * self.more_bells + _RAY_GATHER
+                )  # it was not heard when it ended
             if ready:
                 self.hear(ready)
         del refs, rung
@@ -3617,26 +3770,31 @@ class _RayEngine(_Engine):
                 if ref in self.lent and ref not in self.asked:
                     work = self.lent[ref]
                     get = functools.partial(values.pop if ref in values else self.get, ref)
-                    ended.append((work, (get, self.refused.get(ref, -1e9))))
+                    ended.append((work, (get, self.refused.get(ref))))
                     self.forget(ref)
-                    self.sending.add(work)  # it may be lent anew
+                    self.sending.add(work)  # in our hands until it is told, or put back
         del ready
         outcomes: list[tuple[_Work, Reply]] = []
+        again: list[_Work] = []
         while ended:
-            work, (get, refused) = ended.pop()
+            work, (get, refused) = ended.pop(0)
             reply = self.reply(work, get, refused)
             if reply is None:
-                self.send(work)
+                again.append(work)
+            elif isinstance(reply[1], CancelledError) and not reply[2]:
+                with self.sent:
+                    self.sending.discard(work)
+                    self.core.stopped(work)
             else:
                 outcomes.append((work, reply))
-        outcomes.reverse()
         with self.sent:
-            self.sending.difference_update([work for work, _ in outcomes])
+            self.sending.difference_update([work for work, _ in outcomes], again)
+            self.core.put_back(again)
             self.sent.notify_all()
         self.core.end(outcomes)
 
-    def reply(self, work: _Work, get: Callable[[], Any], refused: float) -> Reply | None:
-        """What became of it; None if it has to be lent anew."""
+    def reply(self, work: _Work, get: Callable[[], Any], refused: float | None) -> Reply | None:
+        """What became of it; None if it has to be lent anew. ``refused``: when it was asked back."""
         name, count = _name(work.call), _count(work.call)
         errors = self.ray.exceptions
         try:
@@ -3644,10 +3802,16 @@ class _RayEngine(_Engine):
             return _opened(data, rest, name, count)
         except errors.TaskCancelledError as error:
             # A take_back() has met it on its way in, or its worker has died after one said no, and
-            # Ray does not run again what was to be cancelled. Not so what has begun and is not to
-            # be retried.
+            # Ray does not run again what was to be cancelled.
             is_interrupted = isinstance(error, errors.RayTaskError)
-            if self.retries or is_interrupted or time.monotonic() < refused + 1:
+            if refused is None:
+                if is_interrupted and self.reraise:
+                    return [], _ray_cause(error), count, 0.0
+                # Not ours: its argument was cancelled, or somebody has cancelled the task itself.
+                return [], CancelledError(), 0, 0.0
+            # What has begun and is not to be retried is not lent anew, if its worker has died; one
+            # that was interrupted on its way in says so soon.
+            if self.retries or is_interrupted or time.monotonic() < refused + 0.25:
                 return None
             failure = _broken(f"Ray lost {name}, or its worker: {error}")
             return [], _caused(failure, error), count, 0.0
@@ -3668,31 +3832,47 @@ class _RayEngine(_Engine):
         if time.monotonic() > self.measured + 1:
             with contextlib.suppress(Exception):  # its head is away: what was measured stands
                 self.measure()
-        window = self.max_workers
-        if self.capacity <= self.max_workers:
+        window = self.capacity if self.is_unbounded else self.max_workers
+        if not self.is_unbounded and self.capacity <= self.max_workers:
             # The cluster is the bound. An autoscaler adds nodes for what waits, and twice of what it
             # has is what lets it keep its own pace.
             window = max(_RAY_WINDOW, 2 * self.capacity)
         elif len(self.lent) > window:
             # It has grown beyond what was asked for: no more than that shall run.
             with _engine_lock:
-                late = list(islice(self.lent.values(), window, None))
-            self.take_back(late)
+                late = [
+                    self.lent[ref]
+                    for ref in islice(self.lent, window, None)
+                    if ref not in self.refused
+                ]
+            if late:
+                self.take_back(late)
         while True:
             with _engine_lock:
                 works = self.core.take(min(window - len(self.lent), _RAY_GATHER))
                 self.sending.update(works)
             if not works:
                 break
-            for work in works:
-                self.send(work)
+            failed: list[tuple[_Work, Reply]] = []
+            while works:
+                if self.core.stage >= _Stage.DISCARDING:  # nobody is to wait for their pickling
+                    with self.sent:
+                        self.sending.difference_update(works)
+                        self.core.put_back(works)
+                        self.sent.notify_all()
+                    break
+                failed += self.send(works.pop(0))
+            self.core.end(failed)  # when none is in our hands any more: a callback may ask for it
         with _engine_lock:
-            room = max(self.capacity, 0)
-            self.front = frozenset(islice(self.lent.values(), min(room, self.max_workers)))
-            for ref in islice(self.lent, max(room, 4) + len(self.dependents)):
+            free = (work for ref, work in self.lent.items() if ref not in self.dependents)
+            self.front = frozenset(islice(free, min(self.capacity, self.max_workers)))
+            count = max(self.capacity, 4) + len(self.dependents) + self.more_bells
+            for ref in islice(self.lent, count):
                 if ref not in self.belled:
                     self.belled.add(ref)
                     self.ring_for(ref)
+            if not self.lent:
+                self.more_bells = 0
 
     def ring_for(self, ref: Any) -> None:
         put = self.news.put
@@ -3701,8 +3881,9 @@ class _RayEngine(_Engine):
         else:  # Ray Client's
             ref.future().add_done_callback(lambda _: put(ref))
 
-    def send(self, work: _Work) -> None:
-        """Submit it to Ray; it stands in ``sending``, and nobody takes it back until it is sent."""
+    def send(self, work: _Work) -> list[tuple[_Work, Reply]]:
+        """Submit it to Ray; it stands in ``sending``, and nobody takes it back until it is sent. What
+        became of it, if that can't be."""
         call = work.call
         assert call is not None
         failure: BaseException | None = None
@@ -3736,13 +3917,13 @@ class _RayEngine(_Engine):
                 self.lent[ref] = work
                 if is_dependent:
                     self.dependents.add(ref)
-        if failure is not None:
-            reply: Reply = [], failure, _count(call), 0.0
-            if isinstance(failure, self.ray.exceptions.RayError):  # it was shut down just now
-                reply = [], _broken("Ray took no more tasks", failure), _count(call), 0.0
-            elif isinstance(failure, Exception) and not isinstance(failure, BrokenExecutor):
-                reply = [], _unpicklable(_name(call), failure), 0, 0.0
-            self.core.end([(work, reply)])
+        if failure is None:
+            return []
+        if isinstance(failure, self.ray.exceptions.RayError):  # it was shut down just now
+            return [(work, ([], _broken("Ray took no more tasks", failure), _count(call), 0.0))]
+        if isinstance(failure, Exception) and not isinstance(failure, BrokenExecutor):
+            return [(work, ([], _unpicklable(_name(call), failure), 0, 0.0))]
+        return [(work, ([], failure, _count(call), 0.0))]
 
     def remote(self, name: str) -> Any:
         """The remote function under the name of the user's, for the dashboard and Ray's logs."""
@@ -3764,11 +3945,10 @@ class _RayEngine(_Engine):
         self.measured = time.monotonic()
         has = self.resources()
         counts = [int(has.get(name, 0) / each + 1e-9) for name, each in self.needs.items() if each]
-        if counts:
-            self.capacity = min(counts)
-        else:  # nothing that Ray would wait for: so the bound is ours
-            self.capacity = min(self.max_workers, max(int(has.get("CPU", 1)), 1))
-            self.max_workers = self.capacity
+        self.is_unbounded = not counts  # nothing that Ray would wait for: so the bound is ours
+        if self.is_unbounded:
+            counts = [self.max_workers, max(int(has.get("CPU", 1)), 1)]
+        self.capacity = min(counts)
 
     def lost(self) -> BaseException | None:
         """Why no reply will come any more, if so."""
@@ -3860,7 +4040,8 @@ class RayParallelBackend(_EngineBackend, backend_name="ray"):
         ray = _import_or_explain("ray")
         # Asked first, since the future even of what is done is done a little later.
         refs = list({handle for handle in handles if isinstance(handle, ray.ObjectRef)})
-        late = ray.wait(refs, num_returns=len(refs), timeout=0)[1] if refs else []
+        wait = _unhooked(ray.wait)
+        late = wait(refs, num_returns=len(refs), timeout=0)[1] if refs else []
         futures = {ref: ref.future() for ref in late}
         return [
             futures.get(handle) if isinstance(handle, ray.ObjectRef) else future
@@ -3872,7 +4053,7 @@ class RayParallelBackend(_EngineBackend, backend_name="ray"):
         if not isinstance(handle, ray.ObjectRef):
             return super()._value(handle, timeout)
         try:
-            return ray.get(handle, timeout=timeout)
+            return _unhooked(ray.get)(handle, timeout=timeout)
         except ray.exceptions.RayTaskError as error:
             cause = _ray_cause(error)
             raise cause from cause.__cause__
