@@ -2608,10 +2608,10 @@ def _pickled(call: Call, heads: dict[Any, bytes]) -> Message:
 #    replied to: the first one of the front batch. It is the one that runs, and all that a death costs.
 # 4. A task that runs is killed only when every call behind it has been taken back. If one of those
 #    has begun, the task has ended, and its reply is on its way.
-# 5. While a worker is idle, nothing is pending or lent beyond what runs: when one runs dry, all that
-#    comes back first. When another is filled, so does what was lent to one that has been silent for
-#    5 ms. So nothing sits behind a long task while it could run, and two neighbours that wait for each
-#    other meet; without a timer. Which of those that were lent ahead begins first is not promised.
+# 5. While a worker is idle, nothing is pending or lent beyond what runs. One that runs dry takes half
+#    of what the fullest has been lent. When any worker is filled, what was lent to one that has been
+#    silent for 5 ms comes back first. So nothing sits behind a long task, and two tasks that wait for
+#    each other meet; without a timer. In which order those begin that were lent ahead is not promised.
 # 6. A worker is lent what takes it 20 ms at the pace measured of late. A send never waits for a busy
 #    worker: a large message goes to one that has nothing else to do.
 #
@@ -2917,11 +2917,14 @@ class _LokyEngine(_Engine):
             return []
         now = time.perf_counter()
         for other in self.quiet:
-            if not is_dry and now - other.heard < _QUIET:
+            if now - other.heard < _QUIET:
                 break
             if other.outstanding > 1 and other is not worker:
                 core.put_back(other.take_back())
-        works = core.take(min(room, _BATCH, 1 + core.waiting() // there))
+        count = min(room, _BATCH, 1 + core.waiting() // there)
+        works = core.take(count)
+        if is_dry and not works and self.take_from_fullest():
+            works = core.take(count)
         for work in works:
             work.slot = _Seat(worker)
         if is_dry:
@@ -2931,6 +2934,17 @@ class _LokyEngine(_Engine):
                 self.quiet.pop(worker, None)
                 self.idle.append(worker)
         return works
+
+    def take_from_fullest(self) -> bool:
+        """Take half of what the fullest worker has been lent, or the next; under ``_engine_lock``."""
+        lenders = [worker for worker in self.workers if worker.outstanding > 1]
+        lenders.sort(key=lambda worker: worker.outstanding)
+        while lenders:
+            fullest = lenders.pop()
+            if back := fullest.take_back(fullest.outstanding // 2):
+                self.core.put_back(back)
+                return True
+        return False
 
     def fill(self, worker: _Worker) -> None:
         """Lend a worker what it may have."""
