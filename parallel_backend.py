@@ -4023,7 +4023,8 @@ class RayParallelBackend(_EngineBackend, backend_name="ray"):
         if "num_returns" in options:
             raise TypeError("A task of an executor has one result, so there is no num_returns")
         ray = _started_ray()
-        if ray.get_runtime_context().get_task_id() is not None:
+        worker = getattr(ray.get_runtime_context(), "worker", None)
+        if getattr(worker, "mode", None) == ray.WORKER_MODE:  # get_task_id() warns elsewhere
             # This is a task, which will wait for those: they use its CPU, for there may be no other.
             options.setdefault("num_cpus", 0)
         return _RayEngine(ray, workers, options)

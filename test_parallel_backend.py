@@ -2488,6 +2488,183 @@ def test_over_any_executor(kind: str, policy: Policy, tmp_path: Path) -> None:
         pb.ParallelBackend.over(Executor())
 
 
+# --- 3.3 and 3.6: what two fresh readers broke, each by the promise that it broke ---------------
+
+
+def test_a_large_function_is_sent_to_a_dry_worker_only(request: pytest.FixtureRequest) -> None:
+    """Or the reader would wait for the worker that waits for the reader."""
+    large = bytes(4_000_000)
+
+    def function(n: int) -> bytes:
+        return large[: 1_000_000 + n]
+
+    with backend_named("joblib", request).executor(2) as executor:
+        wait([executor.submit(identity, n) for n in range(300)], LONG)
+        futures = [executor.submit(function, n) for n in range(40)]
+        assert [len(future.result(LONG)) for future in futures] == [
+            1_000_000 + n for n in range(40)
+        ]
+
+
+def test_a_death_by_any_signal_is_told(request: pytest.FixtureRequest) -> None:
+    with backend_named("joblib", request).executor(1) as executor:
+        for number in (signal.SIGSEGV, signal.SIGRTMIN + 1):
+            error = executor.submit(lambda n: os.kill(os.getpid(), n), number).exception(LONG)
+            assert isinstance(error, BrokenProcessPool) and f"signal {int(number)}" in str(error)
+        assert executor.submit(identity, 1).result(LONG) == 1
+
+
+def test_a_worker_that_has_left_its_group_is_stopped_all_the_same(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    def leave_the_group() -> None:
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        os.setpgid(0, os.getppid() and os.getpgid(os.getppid()))
+        sleep_for_long(tmp_path, "left")
+
+    with backend_named("joblib", request).executor(1, cancel_futures=Policy.ALL) as executor:
+        future = executor.submit(leave_the_group)
+        pid = has_started(tmp_path, "left")
+        started = time.monotonic()
+    assert time.monotonic() - started < 2 and future.cancelled()
+    until(lambda: not is_alive(pid), 2)
+
+
+def test_a_fresh_worker_takes_over_what_waits_behind_a_long_task(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    with backend_named("joblib", request).executor(2) as executor:
+        wait([executor.submit(identity, n) for n in range(300)], LONG)
+        for n in range(5):
+            folder = tmp_path / str(n)
+            folder.mkdir()
+            long = executor.submit(gated, folder, "long")
+            dies = executor.submit(leave)
+            short = [executor.submit(identity, m) for m in range(20)]
+            assert isinstance(dies.exception(LONG), BrokenProcessPool)
+            assert [future.result(LONG) for future in short] == list(range(20))
+            assert not long.done()
+            open_gate(folder)
+
+
+def test_an_interrupted_feed_leaves_nobody_deaf(
+    engine: pb.ParallelBackend, monkeypatch: Any
+) -> None:
+    with engine.executor(1) as executor:
+        executor.submit(identity, 1).result(LONG)
+        inner = executor._core.engine  # type: ignore[attr-defined]
+        name = "ring" if hasattr(inner, "ring") else "news"
+        real = getattr(inner, name)
+
+        class Interrupted:
+            def __call__(self, *_: Any) -> None:
+                raise KeyboardInterrupt
+
+            put = __call__
+
+        until(lambda: executor._core.hungry and not inner.woken)  # type: ignore[attr-defined]
+        setattr(inner, name, Interrupted())
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                executor.submit(identity, 2)
+        finally:
+            setattr(inner, name, real)
+        assert executor.submit(identity, 3).result(LONG) == 3
+
+
+def test_every_callback_is_called_whatever_one_raises(engine: pb.ParallelBackend) -> None:
+    called: list[Any] = []
+    with engine.executor(1) as executor:
+        future = executor.submit(time.sleep, 0.2)
+        future.add_done_callback(lambda _: sys.exit(1))
+        future.add_done_callback(called.append)
+        executor.submit(identity, 1).result(LONG)
+    assert called == [future]
+
+
+def test_sequential_map_may_submit_and_wait() -> None:
+    with pb.SequentialParallelBackend().executor() as executor:
+        results = executor.map(lambda n: executor.submit(identity, n).result(5), range(4))
+        assert list(results) == [0, 1, 2, 3]
+
+
+def test_over_a_pool_that_breaks_or_is_shut_down() -> None:
+    from concurrent.futures import ProcessPoolExecutor
+
+    with pb.ParallelBackend.over(
+        ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"))
+    ) as executor:
+        futures = [executor.submit(identity, n) for n in range(20)]
+        futures += [executor.submit(leave), *(executor.submit(identity, n) for n in range(500))]
+        assert wait(futures, LONG).not_done == set()
+    inner = ThreadPoolExecutor(1)
+    let_go = threading.Event()
+    executor = pb.ParallelBackend.over(inner)
+    futures = [executor.submit(let_go.wait, LONG), executor.submit(identity, 1)]
+    until(futures[0].running)
+    inner.shutdown(wait=False, cancel_futures=True)
+    let_go.set()
+    assert wait(futures, LONG).not_done == set()
+    executor.shutdown()
+
+
+def test_ray_handle_that_was_cancelled_cancels_its_task(request: pytest.FixtureRequest) -> None:
+    backend = backend_named("ray", request)
+    import ray
+
+    handle = backend.wrap(time.sleep)(600)
+    with backend.executor(2) as executor:
+        future = executor.submit(identity, handle)
+        ray.cancel(handle, force=True)  # type: ignore[arg-type]
+        assert wait([future], LONG).not_done == set()
+        assert future.cancelled() or isinstance(future.exception(0), BrokenProcessPool)
+
+
+def test_ray_max_workers_holds_where_ray_does_not_bound(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    with backend_named("ray", request).executor(2, num_cpus=0) as executor:
+        futures = [executor.submit(gated, tmp_path, str(n)) for n in range(6)]
+        has_started(tmp_path, "0"), has_started(tmp_path, "1")
+        time.sleep(0.3)  # nothing to wait for: that none begins
+        assert len(list(tmp_path.glob("*.started"))) == 2
+        open_gate(tmp_path)
+        wait(futures, LONG)
+
+
+def test_ray_cancel_in_rays_own_thread(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    backend = backend_named("ray", request)
+    answers: list[bool] = []
+    over = threading.Event()
+    with backend.executor(1) as executor:
+        executor.submit(gated, tmp_path, "first")
+        has_started(tmp_path, "first")
+        waiting = executor.submit(identity, 1)
+        handle: Any = backend.wrap(identity)(1)
+
+        def cancel(_: Any) -> None:
+            answers.append(waiting.cancel())
+            over.set()
+
+        handle.future().add_done_callback(cancel)
+        assert over.wait(LONG)
+        assert answers == [True] and waiting.cancelled()
+        open_gate(tmp_path)
+
+
+def test_ray_request_that_no_node_can_meet(request: pytest.FixtureRequest) -> None:
+    with backend_named("ray", request).executor(2, num_gpus=1) as executor:
+        futures = [executor.submit(identity, n) for n in range(3)]
+        time.sleep(0.2)
+        assert not any(future.running() for future in futures)
+        assert futures[2].cancel()
+        started = time.monotonic()
+    assert time.monotonic() - started < 5 and all(future.cancelled() for future in futures)
+
+
 # --- put, get, wrap, wait ---------------------------------------------------------------------
 
 
