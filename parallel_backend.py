@@ -15,10 +15,37 @@ one string says where it runs::
 ``"joblib"`` runs tasks in loky's worker processes, ``"ray"`` on a Ray cluster, ``"sequential"`` in
 the calling process, for debugging. ``python -m parallel_backend`` tests what is installed.
 
-The version is ``__version__`` below; README.md ends with the list of changes.
+What the executors promise, on every backend:
+
+- They are :class:`concurrent.futures.Executor` to the letter; no more than ``max_workers`` tasks run
+  at once, and ``running()`` is true only of what a worker has begun.
+- Their :class:`CancellationPolicy` is applied when the ``with`` block is left, at ``shutdown()``, when
+  an executor is dropped, and when the program ends. Under ``RUNNING``, what runs is stopped with its
+  process, also by ``future.cancel()``. Cancelled means cancelled: nothing of it runs.
+- A task's exception arrives as its own, with the worker's traceback. A worker that dies costs the
+  task that it had begun, and no other; the executor goes on.
+- Lambdas, closures and functions of ``__main__`` go. What can't be pickled fails its own future.
+- ``map`` sizes its chunks by itself, and reads an endless input with ``buffersize``.
+- Nothing polls, and nothing is left behind: no thread, process or file.
+
+Version 0.9.0 is the first. ``ParallelConfig`` and the ``config`` arguments are deprecated since then, and
+go in 0.10.0.
 
 SPDX-License-Identifier: MIT
 Copyright (c) 2026 the parallel_backend developers
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+associated documentation files (the "Software"), to deal in the Software without restriction, including
+without limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+copies of the Software, and to permit persons to whom the Software is furnished to do so, subject to the
+following conditions: The above copyright notice and this permission notice shall be included in all
+copies or substantial portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT
+LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO
+EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN
+AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE
+OR OTHER DEALINGS IN THE SOFTWARE.
 """
 
 # pyright: standard

@@ -5336,6 +5336,15 @@ def test_readme_workload_gives_the_same_everywhere(request: pytest.FixtureReques
         assert done.stdout == answers["sequential"].stdout != "", (name, done.stderr)
 
 
+def test_the_file_stands_alone() -> None:
+    """Neither README nor LICENSE travels with a copy."""
+    licence = " ".join((HERE / "LICENSE").read_text().split())
+    docstring = " ".join((pb.__doc__ or "").split())
+    assert licence[licence.index("Permission is hereby granted") :] in docstring
+    assert pb.__version__ in docstring
+    assert "README" not in Path(pb.__file__).read_text()
+
+
 def test_readme_is_short_and_complete() -> None:
     assert README.count("\n") < 300
     titles = re.findall(r"^## (.*)", README, re.MULTILINE)
