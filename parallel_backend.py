@@ -2204,7 +2204,28 @@ def _loky_tracker() -> ModuleType:
     has_semaphores = _import_or_explain("joblib._multiprocessing_helpers").mp is not None
     if not has_semaphores and _JOBLIB_IS_QUIET not in sys.warnoptions:
         sys.warnoptions.append(_JOBLIB_IS_QUIET)  # which the tracker, once started, inherits
-    return _import_or_explain("joblib.externals.loky.backend.resource_tracker")
+    tracker = _import_or_explain("joblib.externals.loky.backend.resource_tracker")
+    with _in_some_folder():
+        tracker.ensure_running()
+    return tracker
+
+
+@contextlib.contextmanager
+def _in_some_folder() -> Iterator[None]:
+    """Where the working directory was removed, neither loky nor Python itself starts a process."""
+    folder = None
+    if sys.platform != "win32":  # where it can't be removed
+        try:
+            os.getcwd()
+        except OSError:
+            folder = os.open(".", os.O_RDONLY)  # which leads back
+            os.chdir("/")
+    try:
+        yield
+    finally:
+        if folder is not None and sys.platform != "win32":
+            os.fchdir(folder)
+            os.close(folder)
 
 
 class _Process:
@@ -2243,8 +2264,9 @@ class _Process:
         if sys.platform != "win32":
             # The process inherits the mask and is safe from Ctrl-C while it starts. To start one
             # of the trackers, which a start would do, removes the mask: so it is done before.
-            resource_tracker.ensure_running()
-            _loky_tracker().ensure_running()
+            with _in_some_folder():
+                resource_tracker.ensure_running()
+            _loky_tracker()
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         with contextlib.ExitStack() as opened:
             opened.callback(self.unlink)
@@ -2260,7 +2282,8 @@ class _Process:
                 args = theirs, self.permits, os.getpid(), watched, method, _cloudpickle().dumps
                 # daemon=False: its tasks may have children of their own, even if this is a daemon.
                 process = context.Process(target=_serve, args=args, env=env, daemon=False)
-                self.popen = self.start(process)
+                with _in_some_folder():
+                    self.popen = self.start(process)
             finally:
                 self.spawning.pop(theirs)
                 theirs.close()
@@ -2283,19 +2306,7 @@ class _Process:
         """
         if sys.platform == "win32":
             return process._Popen(process)
-        folder = None
-        try:
-            os.getcwd()
-        except OSError:
-            # The working directory was removed, and loky asks for it. A descriptor leads back.
-            folder = os.open(".", os.O_RDONLY)
-            os.chdir("/")
-        try:
-            return _quiet_popen()(process)
-        finally:
-            if folder is not None:
-                os.fchdir(folder)
-                os.close(folder)
+        return _quiet_popen()(process)
 
     def unlink(self) -> None:
         """The worker has opened its semaphores, or never will: their names can go."""
