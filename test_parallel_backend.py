@@ -1964,7 +1964,7 @@ PLACES = {
         def say(n):
             print("said", n)
         if len(sys.argv) > 1:
-            with pb.init_parallel_backend("joblib").executor(2, cancel_futures=ALL) as executor:
+            with pb.init_parallel_backend("joblib").executor(1, cancel_futures=ALL) as executor:
                 for future in [executor.submit(say, n) for n in range(41)]:
                     future.result(20)
         else:
