@@ -1599,9 +1599,8 @@ def _at_exit(function: Callable[[], None], priority: int = 100) -> None:
             util.Finalize(None, function, exitpriority=priority)
 
 
-_registered: set[tuple[Callable[[], None], int]] = (
-    set()
-)  # what this process has told multiprocessing
+_registered: set[tuple[Callable[[], None], int]] = set()
+"""What multiprocessing has been told, and in which process."""
 
 
 def _forget_all() -> None:
