@@ -63,6 +63,7 @@ import importlib
 import inspect
 import io
 import itertools
+import linecache
 import logging
 import os
 import pickle
@@ -76,27 +77,47 @@ import traceback
 import types
 import warnings
 import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, as_completed
 from concurrent.futures import TimeoutError as FutureTimeoutError  # not the builtin before 3.11
 from dataclasses import dataclass
 from itertools import islice, repeat, takewhile
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, overload
+from types import ModuleType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    NamedTuple,
+    TypedDict,
+    TypeVar,
+    cast,
+    overload,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from types import ModuleType
-    from typing import Generic, Literal, TypeAlias
+    from typing import TypeAlias
+
+    from typing_extensions import Unpack
+elif sys.version_info >= (3, 11):
+    from typing import Unpack
+else:
+    Unpack = collections.defaultdict(lambda: Any)  # what typing.get_type_hints() makes of it
 
 T = TypeVar("T")
 
 __version__ = "0.9.0"
 __all__ = [
     "CancellationPolicy",
+    "Handle",
     "JoblibParallelBackend",
     "ParallelBackend",
     "ParallelConfig",
+    "ParallelExecutor",
     "RayParallelBackend",
     "SequentialParallelBackend",
+    "TaskOptions",
     "available_cpus",
     "deprecated",
     "init_parallel_backend",
@@ -127,11 +148,57 @@ def _as_policy(value: CancellationPolicy | bool) -> CancellationPolicy:
     return value
 
 
-def _check_max_workers(value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, type(None))):
-        raise TypeError(f"max_workers must be an int, not {value!r}")
-    if value is not None and value < 1:
-        raise ValueError("max_workers must be greater than 0")
+def _check_number(name: str, value: object, kinds: Any = int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(f"{name} must be {'an int' if kinds is int else 'a number'}, not {value!r}")
+    if not cast("float", value) > 0:
+        hint = "; for all CPUs, leave it out" if (name, value) == ("max_workers", -1) else ""
+        raise ValueError(f"{name} must be greater than 0{hint}")
+
+
+class TaskOptions(TypedDict, total=False):
+    """What may be asked for a task: options of Ray's, which the other backends ignore."""
+
+    accelerator_type: str
+    enable_task_events: bool
+    fallback_strategy: list[dict[str, Any]]
+    label_selector: dict[str, str]
+    max_calls: int
+    max_retries: int
+    memory: float
+    name: str
+    num_cpus: float
+    num_gpus: float
+    object_store_memory: int
+    placement_group: Any
+    placement_group_bundle_index: int
+    placement_group_capture_child_tasks: bool
+    resources: dict[str, float]
+    retry_exceptions: bool | list[type[BaseException]]
+    runtime_env: dict[str, Any]
+    scheduling_strategy: Any
+
+
+_OWN_OPTIONS = ("initializer", "initargs", "max_tasks_per_child", "task_timeout")
+_OTHERS_NAMES = {
+    "n_jobs": "max_workers",
+    "n_workers": "max_workers",
+    "processes": "max_workers",
+    "timeout": "task_timeout",
+    "num_returns": "none, for a task has one result",
+    "mp_context": "none, for the processes are joblib's or Ray's",
+}
+
+
+def _unknown_option(name: str) -> TypeError:
+    """What is raised of a name that no backend knows."""
+    import difflib
+
+    known = (*_OWN_OPTIONS, *TaskOptions.__annotations__, "max_workers", "cancel_futures")
+    nearest = _OTHERS_NAMES.get(name) or difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+    return TypeError(f"There is no option {name!r}; the nearest is {nearest}")
 
 
 # --- deprecation ------------------------------------------------------------------------------
@@ -429,10 +496,13 @@ def _cgroup_quotas(root: str) -> Iterator[tuple[int, int]]:
 
 # --- backends ---------------------------------------------------------------------------------
 
-if TYPE_CHECKING:
 
-    class Handle(Generic[T]):
-        """What ``wrap(…)(…)`` returns, to type checkers; what it really is, is the engine's."""
+class Handle(abc.ABC, Generic[T]):
+    """What :meth:`ParallelBackend.put` returns, where the engine holds the object for its workers."""
+
+    @abc.abstractmethod
+    def load(self, timeout: float | None = None) -> T:
+        """The object; ``TimeoutError``, if that takes longer than so many seconds."""
 
 
 class ParallelBackend(abc.ABC):
@@ -441,11 +511,10 @@ class ParallelBackend(abc.ABC):
     A subclass names itself, ``class Mine(ParallelBackend, backend_name="mine")``, and is then what
     ``init_parallel_backend("mine")`` returns. It
 
-    - must provide :meth:`executor`, which returns any :class:`concurrent.futures.Executor`;
-    - may override :meth:`put` with :meth:`_value` where its engine can hold an object for its
-      workers, :meth:`wrap` with :meth:`_futures` where the engine has handles of its own, and
-      :meth:`_cpus` where its CPUs are not this process's. Without, objects travel with each task,
-      and handles are futures of a background executor, whose tasks always run to their end.
+    - must provide :meth:`executor`: most simply, what :meth:`over` makes of another executor;
+    - may override :meth:`put` where its engine can hold an object for its workers, :meth:`_value` and
+      :meth:`_futures` where the engine has handles of its own, and :meth:`_cpus` where its CPUs are
+      not this process's. Without, objects travel with each task.
 
     Raises:
         ImportError: if a package that the backend needs is not installed.
@@ -475,6 +544,10 @@ class ParallelBackend(abc.ABC):
         # By process, for what a forked child inherits is not its own.
         self._background: dict[int, Executor] = {}
 
+    def __repr__(self) -> str:
+        """Which engine it is, and how many workers an executor has by default."""
+        return f"<{type(self).__name__}: {self.effective_n_jobs()} workers>"
+
     @classmethod
     @abc.abstractmethod
     def executor(
@@ -483,25 +556,46 @@ class ParallelBackend(abc.ABC):
         *,
         config: ParallelConfig | None = None,
         cancel_futures: CancellationPolicy | bool = CancellationPolicy.PENDING,
-    ) -> Executor:
-        """A new executor.
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        max_tasks_per_child: int | None = None,
+        task_timeout: float | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> ParallelExecutor:
+        """A new executor::
+
+            with backend.executor(4, cancel_futures=CancellationPolicy.ALL, task_timeout=60) as executor:
+                print(*executor.map(fit, range(100)))
 
         Args:
             max_workers: how many tasks may run at once; ``effective_n_jobs(-1)`` by default.
             config: deprecated since 0.9.0; its ``n_cpus_local`` bounds ``max_workers``.
             cancel_futures: what becomes of the tasks when the executor ends; ``True`` means
                 ``PENDING``, ``False`` means ``NONE``.
+            initializer: called with ``initargs`` once in each worker, before its first task. What
+                it sets in a global, tasks see. If it raises, the executor is broken: all pending
+                and further tasks fail with ``BrokenProcessPool``.
+            max_tasks_per_child: after so many tasks a worker is replaced by a fresh one; in the
+                calling process, without effect. A chunk of a map's items is one task.
+            task_timeout: seconds that a task, or an item of a map, may take once its worker has
+                begun it. One that takes longer is stopped with its process, and fails with
+                ``TimeoutError``. In the calling process, without effect.
+            options: of Ray's tasks; ignored elsewhere.
 
         Raises:
-            ValueError: ``max_workers`` is below 1.
-            TypeError: ``max_workers`` is no int, or ``cancel_futures`` neither policy nor bool.
+            ValueError: a number is not above 0.
+            TypeError: an argument is of the wrong type, or an option's name is unknown.
         """
 
     def put(self, v: T) -> T:
-        """A handle to ``v``, sent to the workers once where the engine can do that.
+        """A handle to ``v``, sent to the workers once where the engine can do that::
 
-        As an argument of a task it arrives as the object, which is why it is typed as one; here,
-        only :meth:`get` makes an object of it. Workers may see it read-only.
+            data = backend.put(load())
+            futures = [executor.submit(fit, data, seed) for seed in range(1000)]
+
+        Wherever it stands in a task (an argument, an item of a list, a closure) it arrives as the
+        object, which is why it is typed as one; here, only :meth:`get` makes an object of it.
+        Workers may see it read-only.
         """
         return v
 
@@ -546,32 +640,42 @@ class ParallelBackend(abc.ABC):
                 raise
             raise TimeoutError(*error.args) from error
 
-    def wrap(self, fun: Callable[..., T], **options: Any) -> Callable[..., Handle[T]]:
-        """A callable that starts ``fun`` in the background and returns a handle to its result.
+    def wrap(
+        self, fun: Callable[..., T], **options: Unpack[TaskOptions]
+    ) -> Callable[..., Future[T]]:
+        """A callable that starts ``fun`` in the background and returns a future at once::
 
-        Handles among its arguments arrive as what they stand for. Where the engine can't wait for
-        that, the callable does, before it returns.
+            load, fit = backend.wrap(load), backend.wrap(fit)
+            print(backend.get([fit(load(name)) for name in names]))
+
+        A future among its arguments arrives as its result, and is waited for without a worker. Its
+        tasks run to their end, also when the program ends.
 
         Args:
-            options: the engine's, such as Ray's ``num_cpus``; ignored by an engine without them.
+            options: of Ray's tasks; ignored elsewhere.
         """
+        ours = self._options_for_wrap(options)
+        executors: dict[int, Executor] = {} if ours else self._background
 
         @functools.wraps(fun)
         def start(*args: Any, **kwargs: Any) -> Any:
-            try:
-                args = tuple(v.result() if isinstance(v, Future) else v for v in args)
-                kwargs = {k: v.result() if isinstance(v, Future) else v for k, v in kwargs.items()}
-            except Exception as error:
-                failed: Future[Any] = Future()
-                failed.set_exception(error)
-                return failed
-            background = self._background.get(os.getpid())
+            background = executors.get(os.getpid())
             if background is None:  # no lock, which a forked child might inherit locked
-                background = self.executor(cancel_futures=CancellationPolicy.NONE)
-                background = self._background.setdefault(os.getpid(), background)
+                background = self._executor_for_wrap(ours)
+                background = executors.setdefault(os.getpid(), background)
             return background.submit(fun, *args, **kwargs)
 
         return start
+
+    def _options_for_wrap(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of them that this backend has a use for; ``TypeError`` for a name that none has."""
+        for name in options:
+            if name not in TaskOptions.__annotations__:
+                raise _unknown_option(name)
+        return {}
+
+    def _executor_for_wrap(self, options: dict[str, Any]) -> Executor:
+        return self.executor(cancel_futures=CancellationPolicy.NONE)
 
     def wait(
         self, v: Sequence[Any], *, num_returns: int = 1, timeout: float | None = None
@@ -588,8 +692,11 @@ class ParallelBackend(abc.ABC):
             ``num_returns`` at most.
 
         Raises:
-            ValueError: if ``num_returns`` is below 1 or above the number of handles.
+            ValueError: if ``num_returns`` is below 1 or above the number of handles. Without any,
+                there is nothing to wait for.
         """
+        if not v:
+            return [], []
         if not 1 <= num_returns <= len(v):
             raise ValueError(f"num_returns must be from 1 to {len(v)}, the number of handles")
         futures = self._futures(v)
@@ -634,6 +741,8 @@ class ParallelBackend(abc.ABC):
 
     def _value(self, handle: Any, timeout: float | None) -> Any:
         """What ``handle`` stands for; itself if it is no handle. ``timeout`` is in seconds."""
+        if isinstance(handle, Handle):
+            return handle.load(timeout)
         return handle.result(timeout) if isinstance(handle, Future) else handle
 
     @staticmethod
@@ -642,9 +751,13 @@ class ParallelBackend(abc.ABC):
         max_workers: int | None = None,
         *,
         cancel_futures: CancellationPolicy | bool = CancellationPolicy.PENDING,
-    ) -> Executor:
-        """An executor of ours over any other one: it gets the policies, ``map`` with chunks that
-        size themselves and ``buffersize``, and what else its ``Future.cancel`` allows.
+    ) -> ParallelExecutor:
+        """An executor of ours over any other one::
+
+            executor = ParallelBackend.over(ThreadPoolExecutor(8))
+
+        It gets the policies, ``map`` with chunks that size themselves and ``buffersize``, futures as
+        arguments, and what else its ``Future.cancel`` allows.
 
         Args:
             executor: a ``ThreadPoolExecutor``, mpi4py's, dask's ``get_executor()``, … It is ours
@@ -662,9 +775,9 @@ class ParallelBackend(abc.ABC):
                 raise TypeError(
                     f"{type(executor).__name__} does not say how many workers it has: give max_workers"
                 )
-        _check_max_workers(max_workers)
+        _check_number("max_workers", max_workers)
         policy = _as_policy(cancel_futures)
-        return _Executor(_OverEngine(executor, max_workers), max_workers, policy)
+        return ParallelExecutor(_OverEngine(executor, max_workers), max_workers, policy)
 
     @classmethod
     def _configured(cls, config: ParallelConfig) -> type[ParallelBackend]:
@@ -727,10 +840,15 @@ def init_parallel_backend(
     if backend_name not in known:
         import difflib
 
+        hint = {
+            "loky": "joblib's loky workers are here 'joblib'",
+            "multiprocessing": "worker processes are here 'joblib'",
+            "threading": "over threads, a backend is five lines: see ParallelBackend.over()",
+        }.get(backend_name)
         nearest = difflib.get_close_matches(str(backend_name), known, n=1, cutoff=0)
         raise NotImplementedError(
-            f"There is no parallel backend {backend_name!r}{source}. "
-            f"Choose from {', '.join(sorted(known))}; the nearest is {nearest[0]!r}."
+            f"There is no parallel backend {backend_name!r}{source}. Choose from "
+            f"{', '.join(sorted(known))}; {hint or f'the nearest is {nearest[0]!r}'}."
         )
     backend = known[backend_name]
     return (backend if config is None else backend._configured(config))()
@@ -742,13 +860,14 @@ def init_parallel_backend(
 #
 #       submit(), map()            take()                      end()
 #     ------------------> PENDING ---------> LENT ---------------------------> ENDING ---> DONE
-#                          |   ^             |  |                                           ^
-#                 cancel() |   '-------------'  | put_back(), unwanted; stopped()           |
-#                          |     put_back()     v                                           |
-#                          '--------------> CANCELLED --------------------------------------'
-#                                                            settle()
+#         |              ^ |   ^             |  |                                           ^
+#         |      arrive()| | cancel()        |  | put_back(), unwanted; stopped()           |
+#         v              | |   '-------------'  |                                           |
+#      WAITING ----------' |     put_back()     v                                           |
+#         '----------------'--------------> CANCELLED --------------------------------------'
+#              cancel()                                      settle()
 #
-# PENDING is the core's. LENT is the engine's, which may hold more than it runs: what has not begun
+# WAITING is nobody's: futures among its arguments are not done. PENDING is the core's. LENT is the engine's, which may hold more than it runs: what has not begun
 # there is still ours to cancel, to give to another worker, and to keep when a worker dies. For each
 # task that an engine took comes exactly one of end(), put_back() and stopped(). The core asks for one
 # with take_back() or stop(), and then looks where the task is: it has no answer to believe.
@@ -822,9 +941,23 @@ Reply = tuple[list[Any], "BaseException | None", int, float]
 """
 
 
+def _name(call: Call | None) -> str:
+    """What to call a task in an error."""
+    try:
+        return str(cast("Any", call)[0].__qualname__)
+    except Exception:
+        return "a task" if call is None else f"a {type(call[0]).__name__}"
+
+
+def _count(call: Call | None) -> int:
+    """How many items a call has."""
+    return 1 if call is None or call[3] is None else len(call[1])
+
+
 class _Place(enum.Enum):
     """Where a task or a chunk is: in one place at a time, moved under ``_lock``."""
 
+    WAITING = enum.auto()  # in nobody's queue: a future among its arguments is not done
     PENDING = enum.auto()  # in the core's queue
     LENT = enum.auto()  # an engine has it; it runs, or waits there and may be taken back
     ENDING = enum.auto()  # its future is being told what became of it; its seat is still taken
@@ -832,9 +965,8 @@ class _Place(enum.Enum):
     DONE = enum.auto()  # told
 
 
-_PENDING, _LENT, _ENDING, _CANCELLED, _DONE = (
-    _Place  # a global takes a third of an attribute's time
-)
+# A global takes a third of an attribute's time.
+_WAITING, _PENDING, _LENT, _ENDING, _CANCELLED, _DONE = _Place
 
 
 class _Stage(enum.IntEnum):
@@ -856,7 +988,8 @@ class _Engine(abc.ABC):
     - ``ask()``: how many wait, and let :meth:`feed` come at the next. The last thing before it rests;
     - ``end(outcomes)``: what became of some, ``(work, reply)`` each; under no lock;
     - ``put_back(works)``: they have not begun. ``stopped(work)``: what ran it was killed;
-    - ``settle()``: under no lock, soon after it has called one of these under a lock.
+    - ``settle()``: under no lock, soon after it has called one of these under a lock;
+    - ``break_down(error)``: workers can't be set up; no task will run any more.
 
     ``put_back`` and ``stopped`` move a task in the same hold of ``_engine_lock`` in which the engine
     takes it from a worker or kills that. In between it would be nobody's, and who asks for it just
@@ -866,6 +999,11 @@ class _Engine(abc.ABC):
     core: _Core
     chunk_seconds = 0.03
     """How long a chunk of a map's items should take, for its overhead not to count; 0: no chunks."""
+    future_type: type[_Task] | None = None  # what submit() returns, if not a _Task
+    look_after = 1.0
+    """The share of a time limit after which to look again what runs: less, if began() says "since"
+    when it was first asked."""
+    name = "another executor"
 
     @abc.abstractmethod
     def feed(self) -> None:
@@ -880,7 +1018,21 @@ class _Engine(abc.ABC):
         return True
 
     def stop(self, work: _Work) -> None:
-        """If a worker has begun it, kill that and call ``stopped()``; not every engine can."""
+        """If a worker has begun it, kill that and call ``stopped()``; not every engine can. Where
+        ``work.verdict`` is a TimeoutError, let the user see first where it hung."""
+
+    def began(self) -> list[tuple[_Work, float]]:
+        """What runs, and since when, by time.monotonic(): for time limits. Later than it was, rather
+        than earlier; without the time in which the engine may not have heard of the end."""
+        return []
+
+    def awaited(self, value: Any) -> Future[Any] | None:
+        """What a task with this argument has to wait for; None if for nothing."""
+        return value if isinstance(value, Future) else None
+
+    def given(self, future: Future[Any]) -> Any:
+        """What a task is given for a future that is done: its result, or what stands for that."""
+        return future.result()
 
     def inside(self) -> bool:
         """Whether this thread is one that :meth:`close` would have to wait for."""
@@ -910,8 +1062,11 @@ class _Task(Future[Any]):
     place = _PENDING
     unwanted = 0
     """How many threads are cancelling it: if the engine puts it back meanwhile, it is cancelled."""
+    verdict: BaseException | None = None  # what it fails with, if it is stopped and not cancelled
+    reason = ""  # why it was cancelled
+    awaits = 0  # how many futures among its arguments are not done; under _lock
     abandoned = False  # as a chunk may be
-    slot: Any = None  # the engine's own, for as long as it has the task
+    slot: Any = None  # the engine's own, for as long as it has the task; another one each time
     message: Any = None  # likewise: what it sends to a worker
 
     def __init__(self, core: _Core, fn: Callable[..., Any], args: Any, kwargs: Any) -> None:
@@ -934,8 +1089,30 @@ class _Task(Future[Any]):
         """
         core = self.core
         if core is not None:
-            core.withdraw([self], CancellationPolicy.RUNNING in core.policy)
+            core.withdraw([self], CancellationPolicy.RUNNING in core.policy, "cancel() was called")
         return self.cancelled()
+
+    def result(self, timeout: float | None = None) -> Any:
+        """As ``Future.result``; a ``CancelledError`` says why."""
+        try:
+            return super().result(timeout)
+        except CancelledError:
+            if self.cancelled():
+                raise CancelledError(self.reason) from None
+            raise  # of the task's own
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """As ``Future.exception``; a ``CancelledError`` says why."""
+        try:
+            return super().exception(timeout)
+        except CancelledError:
+            raise CancelledError(self.reason) from None
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a future can't be sent to a worker inside something else: make it an argument of its "
+            "own, and the task gets its value"
+        )
 
     def __repr__(self) -> str:
         text = super().__repr__()
@@ -965,7 +1142,8 @@ class _Task(Future[Any]):
         else:
             self.set_exception(failure)
 
-    def finish_cancelled(self) -> None:
+    def finish_cancelled(self, reason: str) -> None:
+        self.reason = self.reason or reason
         super().cancel()  # which runs the callbacks; a second time it does nothing
         with self._condition:
             if self._state == "CANCELLED":
@@ -978,6 +1156,8 @@ class _Chunk:
 
     place = _PENDING
     unwanted = 0
+    verdict: BaseException | None = None
+    reason = ""
     slot: Any = None
     message: Any = None
 
@@ -997,8 +1177,8 @@ class _Chunk:
     def finish(self, reply: Reply) -> None:
         self.source.finish(self, reply)
 
-    def finish_cancelled(self) -> None:
-        self.source.tell(self.start, [], CancelledError())
+    def finish_cancelled(self, reason: str) -> None:
+        self.source.tell(self.start, [], CancelledError(self.reason or reason))
 
 
 if TYPE_CHECKING:
@@ -1031,8 +1211,8 @@ class _Map:
     def size(self, left: int) -> int:
         """How many items a chunk shall have, of those that are left."""
         target = self.core.engine.chunk_seconds
-        if not target:
-            return 1
+        if not target or self.core.limit is not None:
+            return 1  # a time limit is an item's
         if self.chunksize is not None or self.seconds is None:
             return self.chunksize or 1
         each = max(self.seconds, 1e-7)
@@ -1106,24 +1286,33 @@ class _Map:
             chunks = [
                 each for each in core.works if isinstance(each, _Chunk) and each.source is self
             ]
-        core.withdraw(chunks, CancellationPolicy.RUNNING in core.policy)
+        core.withdraw(chunks, CancellationPolicy.RUNNING in core.policy, "its map was given up")
         del gone
 
 
 class _Core:
     """The state of an executor: what is pending, what is lent, and how far it is to its end.
 
-    Apart from :class:`_Executor`, so that an engine's threads, which know this, do not keep alive an
+    Apart from :class:`ParallelExecutor`, so that an engine's threads, which know this, do not keep alive an
     executor that everybody else has dropped.
     """
 
     live: ClassVar[weakref.WeakSet[_Core]] = weakref.WeakSet()
 
-    def __init__(self, engine: _Engine, max_workers: int, policy: CancellationPolicy) -> None:
+    def __init__(
+        self,
+        engine: _Engine,
+        max_workers: int,
+        policy: CancellationPolicy,
+        limit: float | None = None,
+    ) -> None:
         self.engine = engine
         self.max_workers = max_workers
         self.policy = policy
+        self.limit = limit  # seconds that a task, or an item of a map, may take
         self.stage = _Stage.OPEN
+        self.ending = "what ran it has cancelled it"  # why tasks are cancelled, unless they know
+        self.broken: BaseException | None = None  # why no task will run any more
         self.works: set[_Work] = set()
         """All that are not DONE. What is waited for at the end, and what ALL looks through: so a
         Ctrl-C that comes between two steps here may cost an entry below, but never an end."""
@@ -1143,9 +1332,15 @@ class _Core:
         self.telling: collections.Counter[int] = collections.Counter()
         """Threads in which callbacks of ours run, by how deep: there is no waiting for the end in
         one, for it would wait for itself."""
+        self.settling: set[int] = set()  # threads that do so
+        self.is_unwatched = True  # the thread of the time limits sleeps until there is a task
         engine.core = self
         self.live.add(self)
         _at_exit(_end_all)
+        if limit is not None:
+            threading.Thread(
+                target=self.keep_limit, name="parallel_backend limits", daemon=True
+            ).start()
 
     # What users do.
 
@@ -1153,8 +1348,7 @@ class _Core:
         """Take a task, or further items of a map, in reverse order."""
         try:
             with _lock:
-                if self.stage:
-                    raise RuntimeError("cannot schedule new futures after shutdown")
+                self.check_open()
                 if isinstance(new, _Map):
                     if not new.left:
                         self.pending.append(new)
@@ -1175,39 +1369,121 @@ class _Core:
             self.hungry = True  # whoever was to be fed, may not have been
             raise
 
-    def withdraw(self, works: Sequence[_Work], stop: bool) -> None:
+    def check_open(self) -> None:
+        """Raise if no task is taken any more; under ``_lock``."""
+        if self.broken is not None:
+            raise self.broken.with_traceback(None)
+        if self.stage:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        if self.is_unwatched and self.limit is not None:
+            self.is_unwatched = False
+            self.closed.notify_all()
+
+    def add_waiting(self, task: _Task, futures: Sequence[Future[Any]]) -> None:
+        """Take a task that has these futures among its arguments. It waits without a worker."""
+        try:
+            with _lock:
+                self.check_open()
+                task.place = _WAITING
+                task.awaits = len(futures)
+                self.works.add(task)
+            for future in futures:
+                future.add_done_callback(functools.partial(self.arrive, task))
+        except BaseException:
+            task.place = _DONE  # a Ctrl-C: nobody gets its future, and release() passes it over
+            self.works.discard(task)
+            raise
+
+    def arrive(self, task: _Task, _: Future[Any]) -> None:
+        """A future among its arguments is done: this is a callback, in whichever thread tells it."""
+        with _lock:
+            task.awaits -= 1
+            is_last = not task.awaits
+        # Not here. A callback of one task that ends a second one, whose callback ends a third one,
+        # would reach Python's limit of recursion in a chain of some hundred.
+        if is_last:
+            self.defer(functools.partial(self.release, task))
+
+    def release(self, task: _Task) -> None:
+        """All futures among its arguments are done: it takes their values, or ends as they did."""
+        call = task.call
+        if call is None:
+            return  # it was cancelled
+        fn, args, kwargs, _ = call
+        place, failure = _PENDING, None
+        for future in (*args, *kwargs.values()):
+            if not isinstance(future, Future) or place is not _PENDING:
+                continue
+            if future.cancelled():
+                place = _CANCELLED
+            elif (failure := future.exception()) is not None:
+                place = _ENDING
+        if place is _PENDING:
+            try:
+                given = [self.engine.given(v) if isinstance(v, Future) else v for v in args]
+                named = {
+                    k: self.engine.given(v) if isinstance(v, Future) else v
+                    for k, v in kwargs.items()
+                }
+                call = (fn, given, named, None)
+            except BaseException as error:
+                place, failure = _ENDING, error
+        with _lock:
+            if task.place is not _WAITING:
+                return
+            task.place = place
+            hungry = False
+            if place is _PENDING:
+                task.call = call
+                self.pending.append(task)
+                hungry, self.hungry = self.hungry, False
+            elif place is _CANCELLED:
+                task.reason = "a future among its arguments was cancelled"
+                self.untold.append(task)
+        if hungry:
+            self.engine.feed()
+        if failure is not None:
+            self.end([(task, ([], failure, 1, 0.0))])
+
+    def withdraw(self, works: Sequence[_Work], stop: bool, reason: str) -> None:
         """Cancel those that have not begun and, if ``stop``, those that run."""
         if _under_a_lock():
-            self.defer(functools.partial(self.withdraw, works, stop))
+            self.defer(functools.partial(self.withdraw, works, stop, reason))
             return
         with _later_signals():
             with _lock:
                 for work in works:
-                    if work.place is _PENDING:
+                    if work.place is _PENDING or work.place is _WAITING:
                         work.place = _CANCELLED
+                        work.reason = reason
                 lent = [work for work in works if work.place is _LENT]
                 for work in lent:
                     work.unwanted += 1
+                    work.reason = reason
             try:
                 self.recall(lent, True, stop)
             finally:
                 with _lock:
                     for work in lent:
                         work.unwanted -= 1
+                        if work.place is _LENT:
+                            work.reason = ""  # it goes on, and may be cancelled for another
         self.tell([work for work in works if work.place is _CANCELLED])
         self.settle()
 
     def recall(self, lent: Sequence[_Work], waiting: bool, running: bool) -> None:
         """Have back of these what waits at the engine, and stop what runs there, as is asked for."""
         # Which run is asked before any is stopped: by then its neighbour may have begun.
-        begun = [work for work in lent if running and self.engine.running(work)]
-        for work in begun:
+        for work in [work for work in lent if running and self.engine.running(work)]:
             self.engine.stop(work)
-        if waiting and (rest := [work for work in lent if work.place is _LENT]):
-            self.engine.take_back(rest)
-            for work in rest if running else ():
-                if work.place is _LENT:  # it has begun meanwhile
-                    self.engine.stop(work)
+        # Not every engine knows all that runs: what does not come back when it is asked for, does.
+        # What comes back is lent anew, on another seat, if it is wanted.
+        seats = [(work, work.slot) for work in lent if work.place is _LENT]
+        if seats:
+            self.engine.take_back([work for work, _ in seats])
+        for work, slot in seats if running else ():
+            if work.place is _LENT and work.slot is slot:
+                self.engine.stop(work)
 
     def shutdown(self, wait: bool = True, policy: CancellationPolicy | None = None) -> None:
         """End: apply the policy and, if ``wait``, stay until nothing is left.
@@ -1225,14 +1501,20 @@ class _Core:
                 stops = CancellationPolicy.RUNNING in policy
                 self.stage = max(self.stage, _Stage.DISCARDING if discards else _Stage.DRAINING)
                 dropped: list[Any] = []
+                self.ending = (
+                    f"its executor has ended under {policy}: collect results inside the `with` "
+                    "block, or choose another policy"
+                )
                 if discards:
                     for work in self.works:
-                        if work.place is _PENDING:
+                        if work.place is _PENDING or work.place is _WAITING:
                             work.place = _CANCELLED
-                    dropped = [self.pending, *map(self.cancel_map, self.pending)]
+                    error = CancelledError(self.ending)
+                    dropped = [self.pending, *(self.fail_map(m, error) for m in self.pending)]
                     self.pending = collections.deque()
                 lent = [work for work in self.works if work.place is _LENT]
-            self.recall(lent, discards, stops)
+            if discards or stops:
+                self.recall(lent, discards, stops)
             del dropped, lent
         # Last, since their callbacks may take their time.
         with _lock:
@@ -1252,6 +1534,47 @@ class _Core:
             # Ctrl-C in the middle of the end: whoever asks again does not want to wait for tasks.
             self.shutdown(False, CancellationPolicy.ALL)
             raise
+
+    def kill(self, what: str) -> None:
+        """As :meth:`ParallelExecutor.kill_workers` says."""
+        from concurrent.futures.process import BrokenProcessPool
+
+        self.shutdown(False, CancellationPolicy.PENDING)
+        with _lock:
+            lent = [work for work in self.works if work.place is _LENT]
+            for work in lent:
+                work.verdict = BrokenProcessPool(
+                    f"{what}() was called while {_name(work.call)} ran"
+                )
+        for work in lent:
+            self.engine.stop(work)
+        self.settle()
+
+    def keep_limit(self) -> None:
+        """Stop what runs for longer than it may: a thread's, for as long as the executor lives."""
+        limit = self.limit or 0.0
+        while True:
+            with _lock:
+                while self.stage < _Stage.CLOSED and not self.works:
+                    self.is_unwatched = True
+                    self.closed.wait()
+                if self.stage is _Stage.CLOSED:
+                    return
+            now = time.monotonic()
+            oldest = now
+            for work, since in self.engine.began():
+                if now - since < limit:
+                    oldest = min(oldest, since)
+                    continue
+                message = f"{_name(work.call)} took longer than task_timeout, {limit:g} seconds"
+                work.verdict = TimeoutError(message)
+                self.engine.stop(work)
+            self.settle()
+            # What begins from now on can't be late before the limit is over once more.
+            left = min(oldest + limit - time.monotonic(), limit * self.engine.look_after)
+            with _lock:
+                if self.stage < _Stage.CLOSED:
+                    self.closed.wait(max(left, 0.001))
 
     def defer(self, what: Callable[[], Any]) -> None:
         """Let it be done under no lock, soon."""
@@ -1309,9 +1632,12 @@ class _Core:
         with _lock:
             wanted = []
             for work in works:
+                work.verdict = None
                 if work.unwanted or work.abandoned or self.stage >= _Stage.DISCARDING:
                     work.place = _CANCELLED
                     self.untold.append(work)
+                elif self.broken is not None:
+                    self.fail(work, self.broken)
                 else:
                     work.place = _PENDING
                     wanted.append(work)
@@ -1320,8 +1646,31 @@ class _Core:
     def stopped(self, work: _Work) -> None:
         """What ran it was killed, and no end() comes."""
         with _lock:
+            if work.verdict is not None:
+                self.fail(work, work.verdict)
+                return
             work.place = _CANCELLED
             self.untold.append(work)
+
+    def fail(self, work: _Work, error: BaseException) -> None:
+        """It fails with this, as settle() will tell; under ``_lock``."""
+        work.place = _ENDING
+        self.deferred.append(
+            functools.partial(self.end, [(work, ([], error, _count(work.call), 0.0))])
+        )
+
+    def break_down(self, error: BaseException) -> None:
+        """No task will run any more, and why; under no lock. What runs may go on to its end."""
+        with _lock:
+            if self.broken is None:
+                self.broken = error
+            dropped = [self.pending, *(self.fail_map(m, error) for m in self.pending)]
+            self.pending = collections.deque()
+            for work in self.works:
+                if work.place is _PENDING or work.place is _WAITING:
+                    self.fail(work, error)
+        del dropped
+        self.settle()
 
     def end(self, outcomes: Sequence[tuple[_Work, Reply]]) -> None:
         """What became of them. A batch, for a thread that reads replies has many at once."""
@@ -1356,15 +1705,22 @@ class _Core:
 
     def settle(self) -> None:
         """Under no lock: tell who was cancelled, drop what was dropped, do what was asked for."""
-        while self.untold or self.dropped or self.deferred:
-            # Another thread may be faster at any of them.
-            with contextlib.suppress(IndexError):
-                self.deferred.popleft()()
-            with contextlib.suppress(IndexError):
-                self.dropped.popleft()
-            if self.untold:
+        thread = threading.get_ident()
+        if thread in self.settling:
+            return  # we are in one of those below: it goes on when this is over
+        self.settling.add(thread)
+        try:
+            while self.untold or self.dropped or self.deferred:
+                # Another thread may be faster at any of them.
                 with contextlib.suppress(IndexError):
-                    self.tell([self.untold.popleft()])
+                    self.deferred.popleft()()
+                with contextlib.suppress(IndexError):
+                    self.dropped.popleft()
+                if self.untold:
+                    with contextlib.suppress(IndexError):
+                        self.tell([self.untold.popleft()])
+        finally:
+            self.settling.discard(thread)
 
     # Between the two.
 
@@ -1376,11 +1732,11 @@ class _Core:
             self.works.update(chunks)
             self.put_back(chunks)
 
-    def cancel_map(self, entry: _Work | _Map) -> Any:
-        """Cancel what is in no chunk; under ``_lock``, so the caller drops what it was."""
+    def fail_map(self, entry: _Work | _Map, error: BaseException) -> Any:
+        """So fares what is in no chunk; under ``_lock``, so the caller drops what it was."""
         if not isinstance(entry, _Map) or not entry.left:
             return None
-        entry.tell(entry.first, [], CancelledError())
+        entry.tell(entry.first, [], error)
         return entry.clear()
 
     def tell(self, works: Sequence[_Work]) -> None:
@@ -1393,10 +1749,10 @@ class _Core:
                 call, message = work.call, work.message
                 work.call = work.message = None
                 try:
-                    work.finish_cancelled()
+                    work.finish_cancelled(self.ending)
                 except BaseException as error:
                     raised = self.raised(error, raised)
-                    work.finish_cancelled()
+                    work.finish_cancelled(self.ending)
                 work.core = None
                 del call, message
                 with _lock:
@@ -1449,12 +1805,30 @@ class _Core:
         self.works.clear()
 
 
-class _Executor(Executor):
-    """An executor over an engine."""
+class ParallelExecutor(Executor):
+    """What :meth:`ParallelBackend.executor` and :meth:`ParallelBackend.over` return: an executor of
+    :mod:`concurrent.futures`, with what Python 3.14 gave to that, and a policy for its end."""
 
-    def __init__(self, engine: _Engine, max_workers: int, policy: CancellationPolicy) -> None:
-        self._core = _Core(engine, max_workers, policy)
+    def __init__(
+        self,
+        engine: _Engine,
+        max_workers: int,
+        policy: CancellationPolicy,
+        task_timeout: float | None = None,
+    ) -> None:
+        self._core = _Core(engine, max_workers, policy, task_timeout)
         weakref.finalize(self, _drop, self._core).atexit = False
+
+    def __repr__(self) -> str:
+        core = self._core
+        works = list(core.works)
+        running = sum(core.engine.running(work) for work in works if work.place is _LENT)
+        items = sum(1 if isinstance(work, _Task) else _count(work.call) for work in works)
+        state = "" if core.stage is _Stage.OPEN else f", {core.stage.name.lower()}"
+        return (
+            f"<{type(self).__name__} on {core.engine.name}: max_workers={self._max_workers}, "
+            f"{max(items - running, 0) + core.uncut} pending, {running} running{state}>"
+        )
 
     @property
     def _max_workers(self) -> int:
@@ -1464,11 +1838,21 @@ class _Executor(Executor):
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Run ``fn(*args, **kwargs)`` on a worker.
 
+        A future among the arguments is waited for, without a worker, and arrives as its result. If
+        it fails, so does this one, with its exception; if it is cancelled, so is this one.
+
         Raises:
             RuntimeError: after :meth:`shutdown`.
+            concurrent.futures.BrokenExecutor: after an ``initializer`` has raised.
         """
-        task = _Task(self._core, fn, args, kwargs)
-        self._core.add(task)
+        core = self._core
+        task = (core.engine.future_type or _Task)(core, fn, args, kwargs)
+        if args or kwargs:
+            futures = [core.engine.awaited(value) for value in (*args, *kwargs.values())]
+            if any(futures):
+                core.add_waiting(task, list(filter(None, futures)))
+                return task
+        core.add(task)
         return task
 
     def map(
@@ -1478,8 +1862,9 @@ class _Executor(Executor):
         timeout: float | None = None,
         chunksize: int | None = None,
         buffersize: int | None = None,
+        ordered: bool = True,
     ) -> Iterator[T]:
-        """Like ``map(fn, *iterables)``, in parallel; results come in order.
+        """Like ``map(fn, *iterables)``, in parallel.
 
         Args:
             timeout: seconds from now, after which the iterator raises.
@@ -1488,6 +1873,7 @@ class _Executor(Executor):
                 after the other: where one must wait for another, give 1.
             buffersize: how many items may be in flight, read but not yielded. The iterables are
                 then read as the results are, and may be endless; otherwise they are read now.
+            ordered: ``False`` yields results as they come, as ``imap_unordered`` does.
 
         Raises:
             ValueError: ``chunksize`` or ``buffersize`` is below 1.
@@ -1518,11 +1904,13 @@ class _Executor(Executor):
 
         def results() -> Iterator[T]:
             _keep = self  # as long as somebody wants the results, the executor is not dropped
-            index = yielded = 0
+            index = yielded = (
+                0  # how many are told to the user; in order, the next one's place, too
+            )
             try:
                 while True:
                     with _lock:
-                        while index not in source.outcomes:
+                        while not (index in source.outcomes if ordered else source.outcomes):
                             if index == source.first + source.left:
                                 return  # all that were read are yielded
                             left = None if deadline is None else deadline - time.monotonic()
@@ -1530,7 +1918,8 @@ class _Executor(Executor):
                                 raise FutureTimeoutError(
                                     f"map() took longer than {timeout} seconds"
                                 )
-                        values, failure = source.outcomes.pop(index)
+                        start = index if ordered else next(iter(source.outcomes))
+                        values, failure = source.outcomes.pop(start)
                     index += len(values)
                     values.reverse()
                     if buffersize is None:
@@ -1562,6 +1951,16 @@ class _Executor(Executor):
             cancel_futures: a policy, a bool, or None for the executor's own.
         """
         self._core.shutdown(wait, None if cancel_futures is None else _as_policy(cancel_futures))
+
+    def kill_workers(self) -> None:
+        """End at once: what has not begun is cancelled, what runs fails with
+        ``BrokenProcessPool``, and its worker is killed where the engine can do that. As in Python
+        3.14's ``ProcessPoolExecutor``."""
+        self._core.kill("kill_workers")
+
+    def terminate_workers(self) -> None:
+        """As :meth:`kill_workers`: a worker here has nothing to clean up."""
+        self._core.kill("terminate_workers")
 
 
 def _drop(core: _Core) -> None:
@@ -1619,7 +2018,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _worker_functions() -> tuple[Callable[..., Any], ...]:
-    """(run, said, seal, serve, map_file): defined in here so that cloudpickle sends them by value.
+    """What is defined in here, so that cloudpickle sends it by value.
 
     A worker need not be able to import this file. They use nothing of it but the names of the
     standard library's modules, which cloudpickle sends as such.
@@ -1672,8 +2071,156 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
         try:
             return dumps(error), text
         except BaseException as reason:
-            what = f"Could not pickle the exception that a task raised, {type(error).__name__}"
-            return pickle.dumps(pickle.PicklingError(f"{what}: {said(reason)}")), text
+            what = f"Could not pickle the exception that a task raised, {said(error)}"
+            return pickle.dumps(pickle.PicklingError(f"{what}, {said(reason)}")), text
+
+    def reborn(cls: Any, args: Any, state: Any = None) -> BaseException:
+        """An exception made anew without its class's own ``__init__``, which may take other arguments
+        than it has passed on, and has been called once."""
+        builtin = next(base for base in cls.__mro__ if base.__module__ == "builtins")
+        error: BaseException = builtin.__new__(cls, *args)
+        builtin.__init__(error, *args)  # for what is not in args: an OSError's errno, say
+        for name, value in (state or {}).items():
+            object.__setattr__(error, name, value)  # it may refuse assignment
+        return error
+
+    def dumper(cloudpickle: Any) -> Callable[..., bytes]:
+        """A ``dumps(value, buffers=None, more=None)`` by cloudpickle, but for three things: code keeps
+        the name of its file, ``lru_cache``d functions go by value where others do, and exceptions are
+        made anew by reborn(). ``more`` has further reducers, by type."""
+        memoized = type(functools.lru_cache(len))
+        by_type = cloudpickle.Pickler.dispatch_table
+
+        def reduce_code(code: Any) -> Any:
+            # cloudpickle 3.1.2 and newer leave it out: no traceback would show a line of the user's.
+            make, args = by_type[types.CodeType](code)
+            return make, tuple(
+                code.co_filename if type(arg) is str and arg == "<dynamic-code>" else arg
+                for arg in args
+            )
+
+        def has_own(cls: Any, name: str) -> bool:
+            return any(name in vars(base) for base in cls.__mro__ if base.__module__ != "builtins")
+
+        def reduce_error(error: BaseException) -> Any:
+            cls = type(error)
+            own = ("__reduce__", "__reduce_ex__", "__setstate__")  # then it knows how
+            if cls.__module__ == "builtins" or any(has_own(cls, name) for name in own):
+                return NotImplemented
+            made = error.__reduce__()
+            return (reborn, made) if made[0] is cls else NotImplemented
+
+        def reduce_memoized(function: Any) -> Any:
+            found = sys.modules.get(function.__module__)
+            for name in function.__qualname__.split("."):
+                found = getattr(found, name, None)
+            by_value = {"__main__", *cloudpickle.list_registry_pickle_by_value()}
+            if found is function and function.__module__ not in by_value:
+                return NotImplemented
+            how = function.cache_parameters()
+            # What functools.lru_cache() itself calls, since Python 3.5.
+            args = (
+                function.__wrapped__,
+                how["maxsize"],
+                how["typed"],
+                cast("Any", functools)._CacheInfo,
+            )
+            return memoized, args, vars(function)
+
+        class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # a module found at run time
+            def __init__(self, file: Any, buffers: Any, more: Any) -> None:
+                table = {types.CodeType: reduce_code, **(more or {})}
+                self.dispatch_table = collections.ChainMap(table, by_type)
+                keep = None if buffers is None else buffers.append
+                cloudpickle.Pickler.__init__(self, file, 5, keep)
+
+            def reducer_override(self, value: Any) -> Any:
+                if isinstance(value, BaseException):
+                    return reduce_error(value)
+                if type(value) is memoized:
+                    return reduce_memoized(value)
+                return cloudpickle.Pickler.reducer_override(self, value)
+
+        def dumps(value: object, buffers: list[Any] | None = None, more: Any = None) -> bytes:
+            file = io.BytesIO()
+            Pickler(file, buffers, more).dump(value)
+            return file.getvalue()
+
+        return dumps
+
+    def opener(loads: Callable[[bytes], Any]) -> Callable[[bytes | None, bytes], Any]:
+        """What makes a call of a message. It keeps functions by their bytes: the same bytes are the same
+        function, so what that stores in a global is there for its next call, as it is in a module."""
+        functions: dict[bytes, Any] = {}
+
+        def open_call(head: bytes | None, body: bytes) -> Any:
+            call = loads(body)
+            if head is None:
+                return call
+            if head in functions:
+                return functions[head], *call
+            function = loads(head)
+            if len(head) < 1 << 16:  # what a closure may hold is not to be kept
+                if len(functions) >= 64:
+                    del functions[next(iter(functions))]
+                functions[head] = function
+            return function, *call
+
+        return open_call
+
+    def set_up(data: bytes, dumps: Callable[..., bytes]) -> Callable[[bytes], Any]:
+        """Run an initializer, and return the loads() for what comes after it.
+
+        cloudpickle gives the functions of each pickle globals of their own. They are to see what the
+        initializer has set in its own, unless the program has changed that since.
+        """
+        spaces: list[dict[str, Any]] = []  # the globals of those that the initializer is made of
+        set_by_it: dict[Any, dict[str, tuple[Any, bytes | None]]] = {}
+        """By module and name: the value that it has set, and how the one looked that was sent."""
+
+        def look(value: object) -> bytes | None:
+            if isinstance(value, (types.FunctionType, types.ModuleType, type)):
+                return b""  # set is one, if it is another one
+            with contextlib.suppress(Exception):
+                return dumps(value)
+            return None
+
+        class Unpickler(pickle.Unpickler):
+            def find_class(self, module: str, name: str) -> Any:
+                found = super().find_class(module, name)
+                if name != "_function_setstate":  # cloudpickle's, by which globals come
+                    return found
+
+                def set_state(function: Any, state: Any) -> None:
+                    sent = dict(state[1]["__globals__"])
+                    found(function, state)
+                    space = function.__globals__
+                    spaces.append(space)
+                    for key, (value, before) in set_by_it.get(space.get("__name__"), {}).items():
+                        if key not in sent:
+                            space.setdefault(key, value)
+                        elif look(sent[key]) == before:
+                            space[key] = value
+
+                return set_state
+
+        def loads(data: bytes) -> Any:
+            try:
+                return Unpickler(io.BytesIO(data)).load()
+            finally:
+                spaces.clear()
+
+        initializer, initargs = Unpickler(io.BytesIO(data)).load()
+        before = [(space, {k: (v, look(v)) for k, v in space.items()}) for space in spaces]
+        spaces.clear()
+        initializer(*initargs)
+        for space, old in before:
+            names = set_by_it.setdefault(space.get("__name__"), {})
+            for name, value in space.items():
+                was, looked = old.get(name, (None, None))
+                if name != "__builtins__" and (value is not was or look(value) != looked):
+                    names[name] = value, looked
+        return loads
 
     class Plain(pickle.Pickler):
         """C code all through: it asks this about what is not of a builtin type, and gives up."""
@@ -1693,11 +2240,10 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
                 file = io.BytesIO()
                 Plain(file, 5).dump(reply)
                 return file.getvalue()
-        keep = None if buffers is None else buffers.append
         reason: BaseException = pickle.PicklingError()
         if len(values) <= 1 or buffers is not None:
             try:
-                return dumps((values, pack(error, dumps), begun, seconds), buffer_callback=keep)
+                return dumps((values, pack(error, dumps), begun, seconds), buffers)
             except BaseException as raised:
                 reason = raised
         good: list[Any] = []
@@ -1727,12 +2273,12 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
         parent: int,
         lifeline: Any,
         method: Any,
-        dumps: Callable[..., bytes],
+        cloudpickle: str,
     ) -> None:
         """The life of a worker process: read a batch of calls, run them, reply to each.
 
-        It says that it is ready with an empty message, and with another one whenever calls of the
-        batch that it works on have been taken back.
+        It says that it is ready with an empty message, also after an initializer, and with another
+        one whenever calls of the batch that it works on have been taken back.
         """
         import faulthandler
         import multiprocessing
@@ -1801,7 +2347,8 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
             except BrokenPipeError:
                 os._exit(1)  # nobody is there to hear it
 
-        loads = pickle.loads
+        dumps = dumper(importlib.import_module(cloudpickle))
+        open_call = opener(pickle.loads)
         born = state()
         send(b"")
         while True:
@@ -1817,10 +2364,18 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
                     return
                 send(b"")
                 continue
-            slot, path, calls = loads(message)
+            slot, path, calls = pickle.loads(message)
             if path is not None:
                 sys.path[:] = path  # the program has changed it since this process was started
                 born = (*born[:2], path)
+            if slot is None:
+                try:
+                    open_call = opener(set_up(calls, dumps))
+                except BaseException as error:
+                    send(dumps(([], pack(error, dumps), 1, 0.0)))
+                else:
+                    send(b"")
+                continue
             acquire = permits[slot].acquire if permits is not None else None
             calls.reverse()
             while calls:
@@ -1831,9 +2386,7 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
                     break
                 head, body = calls.pop()
                 try:
-                    call = loads(body)
-                    if head is not None:
-                        call = (loads(head), *call)
+                    call = open_call(head, body)
                 except BaseException as error:
                     data = dumps(([], pack(error, dumps), 0, 0.0))
                 else:
@@ -1865,10 +2418,10 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
         data, *buffers = (content[start : start + size] for start, size in spans)
         return pickle.loads(data, buffers=buffers)
 
-    return run, said, seal, serve, map_file
+    return run, said, pack, seal, dumper, opener, set_up, serve, map_file
 
 
-_run, _said, _seal, _serve, _map_file = _worker_functions()
+_run, _said, _pack, _seal, _dumper, _opener, _set_up, _serve, _map_file = _worker_functions()
 
 
 def _unpack(packed: tuple[bytes, str] | None, name: str, begun: int) -> BaseException | None:
@@ -1892,7 +2445,18 @@ def _traced(error: BaseException, text: str) -> BaseException:
     """An exception with the worker's traceback as its cause."""
     from concurrent.futures.process import _RemoteTraceback  # private, but what users' tools know
 
+    text = _FRAME.sub(_with_source, text)
     return _caused(error, _RemoteTraceback(cast("Any", f'\n"""\n{text}"""')))
+
+
+_FRAME = re.compile(r'^( +)File "(.+)", line (\d+), in .+$(?!\n\1  )', re.MULTILINE)
+"""The place of a frame, where the line itself does not follow."""
+
+
+def _with_source(place: re.Match[str]) -> str:
+    """With the line: of a notebook's cell, or of a file that is not on the worker's machine."""
+    line = linecache.getline(place[2], int(place[3])).strip()
+    return f"{place[0]}\n{place[1]}  {line}" if line else place[0]
 
 
 def _caused(error: BaseException, cause: BaseException) -> BaseException:
@@ -1925,22 +2489,8 @@ def _broken(message: str, cause: BaseException | None = None) -> BaseException:
     return _caused(BrokenProcessPool(f"{message}: {_said(cause)}"), cause)
 
 
-def _unpicklable(name: str, reason: BaseException) -> BaseException:
-    message = f"Could not pickle the call of {name}, or its arguments: {_said(reason)}"
-    return _caused(pickle.PicklingError(message), reason)
-
-
-def _name(call: Call | None) -> str:
-    """What to call a task in an error."""
-    try:
-        return str(cast("Any", call)[0].__qualname__)
-    except Exception:
-        return "a task" if call is None else f"a {type(call[0]).__name__}"
-
-
-def _count(call: Call | None) -> int:
-    """How many items a call has."""
-    return 1 if call is None or call[3] is None else len(call[1])
+def _initializer_failed(error: BaseException) -> BaseException:
+    return _broken("The initializer of this executor has failed, so it takes no more tasks", error)
 
 
 def _import_or_explain(package: str) -> ModuleType:
@@ -1960,15 +2510,161 @@ def _import_or_explain(package: str) -> ModuleType:
     return importlib.import_module(package)
 
 
+# --- how calls are sent -----------------------------------------------------------------------
+
+_ATOMS = frozenset({int, float, str, bytes, bool, type(None)})
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type(functools.lru_cache(len)))
+
+Message = tuple["bytes | None", bytes]
+"""The pickled function, and the rest of its call; or None, and all of it in one."""
+
+
+class _Plain(pickle.Pickler):
+    """Pickles what pickle and cloudpickle pickle alike, in a tenth of cloudpickle's time.
+
+    Its C code asks only about what is not exactly of a builtin type, and gives up there; but for
+    functions that go by name.
+    """
+
+    goes_by_name: Callable[[object], bool]
+
+    def reducer_override(self, value: object) -> Any:
+        if isinstance(value, _FUNCTIONS) and self.goes_by_name(value):
+            return NotImplemented
+        raise pickle.PicklingError
+
+
+class _Calls:
+    """Makes messages of calls: by pickle where it does what cloudpickle would, else by joblib's
+    cloudpickle, or Ray's."""
+
+    def __init__(self, cloudpickle: ModuleType) -> None:
+        self.registered: Callable[[], Any] = cloudpickle.list_registry_pickle_by_value
+        self.dumps: Callable[..., bytes] = _dumper(cloudpickle)
+
+    def goes_by_name(self, function: Any) -> bool:
+        """Whether cloudpickle, too, would send it as its name; that it has one, pickle checks."""
+        module = getattr(function, "__module__", None)
+        return module in sys.modules and module != "__main__" and not self.registered()
+
+    def plainly(self, value: object) -> bytes | None:
+        """Its plain pickle, if that is what cloudpickle would make."""
+        file = io.BytesIO()
+        pickler = _Plain(file, 5)
+        pickler.goes_by_name = self.goes_by_name
+        try:
+            pickler.dump(value)
+        except Exception:
+            return None
+        return file.getvalue()
+
+    def message(
+        self, call: Call, heads: dict[Any, bytes], more: Any = None, left_out: Sized = ()
+    ) -> Message:
+        """``heads`` has the functions of this batch: each is pickled once a batch, and sent once, since
+        pickle remembers the bytes it has seen. Not for longer, for what a function refers to by value
+        may change. ``more`` has further reducers, by type, and ``left_out`` what they leave out."""
+        fn, arguments, how, budget = call
+        if type(fn) in _FUNCTIONS:
+            by_name = self.goes_by_name(fn)
+            are_atoms = not how and _ATOMS.issuperset(map(type, arguments))
+            # What a closure and its arguments share is to stay shared: then they go together.
+            if by_name or are_atoms or getattr(fn, "__closure__", None) is None:
+                body = self.plainly((arguments, how, budget))
+                if body is None:
+                    body = self.dumps((arguments, how, budget), None, more)
+                head = heads.get(fn)
+                if head is None:
+                    before = len(left_out)
+                    head = self.plainly(fn) if by_name else None
+                    head = heads[fn] = head or self.dumps(fn, None, more)
+                    if len(left_out) > before:
+                        head = heads[fn] = b""  # by its bytes alone, nobody knows it again
+                if head:
+                    return head, body
+        return None, self.dumps(call, None, more)
+
+    def unpicklable(self, call: Call, reason: BaseException) -> BaseException:
+        """What a task fails with that can't be sent."""
+        fn, arguments, how, budget = call
+        named = {} if budget is not None else how
+        parts = [("the function", fn), *enumerate(arguments, 1), *named.items()]
+        name = _name(call)
+        where = self.find(parts, name, 8)
+        message = f"Could not pickle the call of {name}, or its arguments: {_said(reason)}"
+        if where:
+            message += f" (in {where})"
+        return _caused(pickle.PicklingError(message), reason)
+
+    def find(self, parts: Iterable[tuple[Any, Any]], whole: str, depth: int) -> str:
+        """The name of the innermost of them that can't be pickled; empty if each can."""
+        for key, value in islice(parts, 1000):
+            try:
+                self.dumps(value)
+            except Exception:
+                if isinstance(key, int):
+                    key = f"item {key}" if depth < 8 else f"argument {key}"
+                place = whole if key == "the function" else f"{key} of {whole}"
+                return (self.find(_parts(value), place, depth - 1) if depth else "") or place
+        return ""
+
+
+def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
+    """(what to call it, the part) of what a value is made of."""
+    if isinstance(value, types.FunctionType):
+        used = inspect.getclosurevars(value)
+        yield from ((f"the variable {name!r}", part) for name, part in used.nonlocals.items())
+        yield from ((f"the global {name!r}", part) for name, part in used.globals.items())
+    elif isinstance(value, types.MethodType):
+        yield "the object", value.__self__
+    elif isinstance(value, functools.partial):
+        yield "the function", value.func
+        yield from enumerate(value.args, 1)
+        yield from value.keywords.items()
+    elif isinstance(value, dict):
+        yield from ((f"[{key!r}]", part) for key, part in value.items())
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        yield from enumerate(value, 1)
+    else:
+        yield from (
+            (f"the attribute {name!r}", v) for name, v in getattr(value, "__dict__", {}).items()
+        )
+
+
+@functools.cache
+def _cloudpickle() -> ModuleType:
+    """The cloudpickle that joblib uses: a package of its own since 1.6, one inside joblib before."""
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("joblib.externals.cloudpickle")
+    return _import_or_explain("cloudpickle")
+
+
+@functools.cache
+def _joblib_calls() -> _Calls:
+    return _Calls(_cloudpickle())
+
+
 # --- in the calling thread, and over any other executor ---------------------------------------
+
+
+class _Wishes(NamedTuple):
+    """What an executor wants of its engine."""
+
+    workers: int
+    setup: tuple[Callable[..., object], tuple[Any, ...]] | None  # an initializer and its arguments
+    max_tasks: int | None  # of a worker process
+    is_limited: bool  # began() will be asked
+    options: dict[str, Any]  # Ray's
 
 
 class _InlineEngine(_Engine):
     """Runs a task in the thread that submits it."""
 
     chunk_seconds = 0.0
+    name = "the calling process"
 
-    def __init__(self) -> None:
+    def __init__(self, wishes: _Wishes) -> None:
+        self.setup = wishes.setup  # until it was run; under turn
         # One at a time. Reentrant, for a task may submit another one and wait for it.
         self.turn = threading.RLock()
         self.depth = 0  # of tasks in tasks; under turn
@@ -1988,7 +2684,7 @@ class _InlineEngine(_Engine):
             self.run_all()
         finally:
             self.turn.release()
-        core.settle()
+            core.settle()
 
     def run_all(self) -> None:
         core = self.core
@@ -1999,6 +2695,15 @@ class _InlineEngine(_Engine):
             core.end([(work, ([], KeyboardInterrupt(), 1, 0.0)) for work in lost])
         try:
             self.depth = depth + 1
+            if self.setup is not None and core.pending:
+                (initializer, args), self.setup = self.setup, None
+                try:
+                    initializer(*args)
+                except Exception as error:
+                    core.break_down(_initializer_failed(error))
+                except BaseException:
+                    self.setup = initializer, args  # a Ctrl-C: it is still to be done
+                    raise
             while taken := core.take(1):
                 core.ask()  # so that feed() comes for a task that this one submits
                 self.run(taken.pop())
@@ -2141,7 +2846,7 @@ class _Portable:
 
     def __reduce__(self) -> Any:
         with contextlib.suppress(ImportError):
-            return pickle.loads, (_cloudpickle().dumps(_run),)
+            return pickle.loads, (_joblib_calls().dumps(_run),)
         return "_portable_run"  # by name
 
 
@@ -2159,15 +2864,32 @@ class _EngineBackend(ParallelBackend):
         *,
         config: ParallelConfig | None = None,
         cancel_futures: CancellationPolicy | bool = CancellationPolicy.PENDING,
-        **options: Any,
-    ) -> Executor:
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        max_tasks_per_child: int | None = None,
+        task_timeout: float | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> ParallelExecutor:
         policy = _as_policy(cancel_futures)
-        _check_max_workers(max_workers)
-        if config is not None:
-            bounded: Any = cls._configured(config)
-            return cast("Executor", bounded.executor(max_workers, cancel_futures=policy, **options))
-        workers = min(max_workers or cls._default_workers(), cls._n_cpus_local or sys.maxsize)
-        return _Executor(cls._engine(workers, **options), workers, policy)
+        _check_number("max_workers", max_workers)
+        _check_number("max_tasks_per_child", max_tasks_per_child)
+        _check_number("task_timeout", task_timeout, (int, float))
+        if initializer is not None and not callable(initializer):
+            raise TypeError(f"initializer must be a callable, not {initializer!r}")
+        for name, value in options.items():
+            if not cls._has_option(name, value):
+                raise _unknown_option(name)
+        backend = cls if config is None else cast("type[_EngineBackend]", cls._configured(config))
+        bound = backend._n_cpus_local or sys.maxsize
+        workers = min(max_workers or backend._default_workers(), bound)
+        setup = None if initializer is None else (initializer, tuple(initargs))
+        wishes = _Wishes(workers, setup, max_tasks_per_child, task_timeout is not None, {**options})
+        return ParallelExecutor(backend._engine(wishes), workers, policy, task_timeout)
+
+    @classmethod
+    def _has_option(cls, name: str, value: Any) -> bool:
+        """Whether some backend knows it."""
+        return name in TaskOptions.__annotations__
 
     @classmethod
     def _default_workers(cls) -> int:
@@ -2175,16 +2897,15 @@ class _EngineBackend(ParallelBackend):
 
     @classmethod
     @abc.abstractmethod
-    def _engine(cls, workers: int) -> _Engine:
-        """An engine for an executor with so many workers, and options for its tasks, if it has any."""
+    def _engine(cls, wishes: _Wishes) -> _Engine: ...
 
 
 class SequentialParallelBackend(_EngineBackend, backend_name="sequential"):
     """Runs every task at once, in the calling process: for debuggers, profilers and ``print``."""
 
     @classmethod
-    def _engine(cls, workers: int) -> _Engine:
-        return _InlineEngine()
+    def _engine(cls, wishes: _Wishes) -> _Engine:
+        return _InlineEngine(wishes)
 
 
 # --- joblib: processes ------------------------------------------------------------------------
@@ -2278,7 +2999,7 @@ class _Process:
             self.spawning[theirs] = threading.get_ident()
             try:
                 method = multiprocessing.get_start_method(allow_none=True)
-                args = theirs, self.permits, os.getpid(), watched, method, _cloudpickle().dumps
+                args = theirs, self.permits, os.getpid(), watched, method, _cloudpickle().__name__
                 # daemon=False: its tasks may have children of their own, even if this is a daemon.
                 process = context.Process(target=_serve, args=args, env=env, daemon=False)
                 with _in_some_folder():
@@ -2320,6 +3041,24 @@ class _Process:
         for kill in (os.killpg, os.kill):  # it may have no group yet, or have gone to another
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 kill(self.popen.pid, signal.SIGKILL)
+
+    def abort(self) -> None:
+        """Let faulthandler print its stack, which ends it, in a C loop too. As kill()."""
+        if sys.platform == "win32":
+            self.kill()
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.popen.pid, signal.SIGABRT)
+
+    def await_abort(self) -> None:
+        """Until that is done; unless a task has had its own idea of the signal."""
+        from multiprocessing.connection import wait
+
+        with contextlib.suppress(OSError, ValueError):  # it is gone already
+            wait([self.popen.sentinel if self.pidfd is None else self.pidfd], 1)
+        with self.ended:
+            if self.exitcode is None:
+                self.kill()
 
     def reap(self) -> None:
         """Kill it and wait until it is gone."""
@@ -2555,81 +3294,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_workers)
 
 
-# --- joblib: pickling of calls ----------------------------------------------------------------
-
-
-@functools.cache
-def _cloudpickle() -> ModuleType:
-    """The cloudpickle that joblib uses: a package of its own since 1.6, one inside joblib before."""
-    with contextlib.suppress(ImportError):
-        return importlib.import_module("joblib.externals.cloudpickle")
-    return _import_or_explain("cloudpickle")
-
-
-def _dumps(value: object, buffers: list[pickle.PickleBuffer] | None = None) -> bytes:
-    keep = None if buffers is None else buffers.append
-    return cast("bytes", _cloudpickle().dumps(value, buffer_callback=keep))
-
-
-_ATOMS = frozenset({int, float, str, bytes, bool, type(None)})
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
-
-
-class _Plain(pickle.Pickler):
-    """Pickles what pickle and cloudpickle pickle alike, in a tenth of cloudpickle's time.
-
-    Its C code asks only about what is not exactly of a builtin type, and gives up there; but for
-    functions that go by name.
-    """
-
-    def reducer_override(self, value: object) -> Any:
-        if isinstance(value, _FUNCTIONS) and _goes_by_name(value):
-            return NotImplemented
-        raise pickle.PicklingError
-
-
-def _goes_by_name(function: Any) -> bool:
-    """Whether cloudpickle, too, would send it as its name; that it has one, pickle checks."""
-    module = getattr(function, "__module__", None)
-    return (
-        module in sys.modules
-        and module != "__main__"
-        and not _cloudpickle().list_registry_pickle_by_value()
-    )
-
-
-def _plainly(value: object) -> bytes | None:
-    """Its plain pickle, if that is what cloudpickle would make."""
-    file = io.BytesIO()
-    try:
-        _Plain(file, 5).dump(value)
-    except Exception:
-        return None
-    return file.getvalue()
-
-
-Message = tuple["bytes | None", bytes]
-"""The pickled function, and the rest of its call; or None, and all of it in one."""
-
-
-def _pickled(call: Call, heads: dict[Any, bytes]) -> Message:
-    """``heads`` has the functions of this batch: each is pickled once a batch, and sent once, since
-    pickle remembers the bytes it has seen. Not for longer, for what a function refers to by value
-    may change."""
-    fn, arguments, how, budget = call
-    if type(fn) in _FUNCTIONS:
-        by_name = _goes_by_name(fn)
-        # What a closure and its arguments share is to stay shared: then they go together.
-        if by_name or (not how and _ATOMS.issuperset(map(type, arguments))):
-            body = _plainly((arguments, how, budget))
-            if body is not None:
-                head = heads.get(fn)
-                if head is None:
-                    head = heads[fn] = (by_name and _plainly(fn)) or _dumps(fn)
-                return head, body
-    return None, _dumps(call)
-
-
 # --- joblib: the engine -----------------------------------------------------------------------
 #
 # A worker gets its calls in batches, one message each, every batch with a counting semaphore raised
@@ -2702,6 +3366,10 @@ class _Worker:
         self.batches: collections.deque[_Batch] = collections.deque()
         """At most two; the first is what it works on."""
         self.outstanding = 0  # calls not replied to, of both
+        self.is_ready = False  # it is up, and its initializer, if there is one, has run
+        self.spare = sys.maxsize  # how many tasks it may still be lent
+        self.since = 0.0  # when the call that runs began, by time.monotonic(), or a little later
+        self.is_read = False  # what it has written is in the reader's hands
         self.doomed = False  # killed, or about to be: it is lent nothing any more
         self.heard = time.perf_counter()
 
@@ -2723,6 +3391,7 @@ class _Worker:
             if len(batch.works) > keep:
                 break
         self.outstanding -= len(back)
+        self.spare += len(back)
         back.reverse()
         return back
 
@@ -2737,10 +3406,15 @@ class _Worker:
 class _LokyEngine(_Engine):
     """See above."""
 
-    def __init__(self, max_workers: int, env: dict[str, str]) -> None:
+    name = "joblib"
+
+    def __init__(self, wishes: _Wishes, env: dict[str, str]) -> None:
         from multiprocessing import Pipe
 
-        self.max_workers = max_workers
+        self.max_workers = max_workers = wishes.workers
+        self.max_tasks = wishes.max_tasks or sys.maxsize  # of a worker
+        self.setup = None if wishes.setup is None else _joblib_calls().dumps(wishes.setup)
+        self.held = wishes.setup  # what handles in it refer to must stay
         self.env = env
         self.workers: list[_Worker] = []
         self.idle: list[_Worker] = []  # those of them that are up and have nothing
@@ -2817,9 +3491,24 @@ class _LokyEngine(_Engine):
             worker.outstanding -= 1
             work.slot = None
             worker.doomed = True  # nothing follows, so the signal hits this task or none
-            worker.process.kill()
+            is_late = isinstance(work.verdict, TimeoutError)
+            (worker.process.abort if is_late else worker.process.kill)()
             self.core.stopped(work)
+        if is_late:
+            worker.process.await_abort()
         self.feed()
+
+    def began(self) -> list[tuple[_Work, float]]:
+        with _engine_lock:
+            busy = [
+                w for w in self.workers if w.outstanding and not w.doomed and w.batches[0].works
+            ]
+            # If what was written is no longer there, the reader had set is_read before it read it.
+            return [
+                (worker.batches[0].works[0], worker.since)
+                for worker in busy
+                if not _has_written(worker.process.connection) and not worker.is_read
+            ]
 
     def close(self) -> None:
         with _engine_lock:
@@ -2863,6 +3552,7 @@ class _LokyEngine(_Engine):
             return
         if self.arrived:
             self.welcome()
+        self.core.settle()  # a task that has waited for another one may be pending then
         self.fill_idle()
         if len(self.workers) + self.starting < self.limit:
             self.start_more()
@@ -2874,7 +3564,7 @@ class _LokyEngine(_Engine):
             # What is lent beyond what runs waits, too: a fresh worker takes it over.
             waiting = self.core.ask()
             waiting += sum(max(worker.outstanding - 1, 0) for worker in self.workers)
-            coming = self.starting + sum(not worker.process.up for worker in self.workers)
+            coming = self.starting + sum(not worker.is_ready for worker in self.workers)
             room = self.limit - len(self.workers) - self.starting
             count = max(0, min(room, waiting - len(self.idle) - coming))
         shape = _shape(self.env) if count else ()
@@ -2897,6 +3587,7 @@ class _LokyEngine(_Engine):
 
     def employ(self, process: _Process, is_new: bool) -> None:
         worker = _Worker(process, is_new)
+        worker.spare = self.max_tasks
         with _engine_lock:
             self.workers.append(worker)
         self.watch.add(process.connection, (worker, False))
@@ -2940,7 +3631,7 @@ class _LokyEngine(_Engine):
 
     def take_for(self, worker: _Worker) -> list[_Work]:
         """Tasks to lend to this worker now; under ``_engine_lock``."""
-        if worker.doomed or not worker.process.up or len(worker.batches) == 2 or self.closing:
+        if worker.doomed or not worker.is_ready or len(worker.batches) == 2 or self.closing:
             return []
         core = self.core
         is_dry = not worker.outstanding
@@ -2950,6 +3641,7 @@ class _LokyEngine(_Engine):
         room = min(int(_AHEAD / self.pace), 2 * _BATCH) - worker.outstanding if is_alone else 0
         if is_dry:
             room = max(room, 1)
+        room = min(room, worker.spare)
         if room < 1:
             return []
         now = time.perf_counter()
@@ -2987,7 +3679,13 @@ class _LokyEngine(_Engine):
         """Lend a worker what it may have."""
         while True:
             with _engine_lock:
+                is_spent = worker.is_ready and not (
+                    worker.spare or worker.outstanding or worker.doomed
+                )
+                worker.doomed |= is_spent
                 works = self.take_for(worker)
+            if is_spent:
+                self.lose(worker)
             if not works:
                 return
             heads: dict[Any, bytes] = {}
@@ -2996,9 +3694,11 @@ class _LokyEngine(_Engine):
                 call = work.call  # None, should it be cancelled meanwhile
                 try:
                     if work.message is None and call is not None:
-                        work.message = _pickled(call, heads)
+                        work.message = _joblib_calls().message(call, heads)
                 except BaseException as error:
-                    failed.append((work, ([], _unpicklable(_name(call), error), 0, 0.0)))
+                    if call is not None:
+                        error = _joblib_calls().unpicklable(call, error)
+                    failed.append((work, ([], error, 0, 0.0)))
                 del call
             del heads
             with _engine_lock:
@@ -3009,6 +3709,7 @@ class _LokyEngine(_Engine):
                     work.slot = None
                 mine = [work for work in mine if work.slot is not None]
                 fitting = 0 if worker.doomed else self.fitting(worker, mine)
+                was_dry = not worker.outstanding
                 for work in mine[fitting:]:
                     work.slot = None
                 self.core.put_back(mine[fitting:])
@@ -3021,6 +3722,8 @@ class _LokyEngine(_Engine):
             if message is not None:
                 with contextlib.suppress(OSError):  # it is gone: its end is read after its replies
                     worker.process.connection.send_bytes(message)
+                if was_dry:
+                    worker.since = time.monotonic()  # it has read what it is to run
             elif worker.outstanding or worker.doomed:
                 return
 
@@ -3046,13 +3749,19 @@ class _LokyEngine(_Engine):
         worker.batches.append(batch)
         if not worker.outstanding:
             self.hear(worker)
+            worker.since = float("inf")  # it is not sent yet
         worker.outstanding += len(works)
+        worker.spare -= len(works)
+        return self.letter(worker, slot, [work.message for work in works])
+
+    def letter(self, worker: _Worker, slot: int | None, content: object) -> bytes:
+        """The message to a worker: a batch for that slot or, without one, what sets it up."""
         path = None
         if sys.path != worker.process.path:
             path = worker.process.path = list(sys.path)
             folder, _, environment = worker.process.shape
             worker.process.shape = folder, tuple(path), environment
-        return pickle.dumps((slot, path, [work.message for work in works]), 5)
+        return pickle.dumps((slot, path, content), 5)
 
     def hear(self, worker: _Worker) -> None:
         worker.heard = time.perf_counter()
@@ -3064,6 +3773,7 @@ class _LokyEngine(_Engine):
         connection = worker.process.connection
         messages: list[bytes] = []
         is_over = is_dead and not connection.poll()
+        worker.is_read = True
         if not is_over:
             messages, is_over = self.watch.receive(connection, worker.inbox)
         replies: list[Any] = []
@@ -3080,16 +3790,23 @@ class _LokyEngine(_Engine):
             replies.append(reply)
         del messages
         ended: list[tuple[_Work, Any]] = []
+        was_up, broken = worker.process.up, None
         with _engine_lock:
             self.hear(worker)
             for reply in replies:
                 if reply is None:
-                    if worker.process.up:
+                    if worker.is_ready:
                         worker.batches.popleft()  # its rest has been taken back
+                    elif worker.process.up:
+                        worker.is_ready = True  # its initializer has run
                     else:
                         worker.process.up = True
                         worker.process.unlink()
                         self.failures, self.limit = 0, self.max_workers
+                        worker.is_ready = self.setup is None
+                    continue
+                if not worker.is_ready:
+                    broken = reply
                     continue
                 batch = worker.batches[0]
                 batch.left -= 1
@@ -3100,6 +3817,15 @@ class _LokyEngine(_Engine):
                     ended.append((work, reply))
                 if not batch.left:
                     worker.batches.popleft()
+            worker.is_read = False
+            if replies:
+                worker.since = time.monotonic()
+        if broken is not None:
+            raised = _opened(broken, (), "the initializer", 1)[1]
+            self.core.break_down(_initializer_failed(raised or RuntimeError("unknown")))
+        elif worker.process.up and not was_up and self.setup is not None:
+            with contextlib.suppress(OSError):  # it is gone, as is read next
+                connection.send_bytes(self.letter(worker, None, self.setup))
         outcomes: list[tuple[_Work, Reply]] = []
         pace = self.pace
         for work, reply in ended:
@@ -3157,6 +3883,8 @@ class _LokyEngine(_Engine):
             self.core.end([(work, ([], failure, _count(work.call), 0.0))])
         if worker.is_new and not process.up:
             self.refuse(RuntimeError(f"a worker process ended {how} while it started"))
+        elif self.setup is not None and process.up and not worker.is_ready:
+            self.core.break_down(_initializer_failed(RuntimeError(f"its process ended {how}")))
 
     def part(self) -> None:
         """The reader's last: keep what is warm, end the rest, and give back the descriptors."""
@@ -3169,8 +3897,8 @@ class _LokyEngine(_Engine):
         self.bell.close()
         for worker in workers:
             process = worker.process
-            if worker.doomed or worker.outstanding or worker.batches:
-                process.end()
+            if worker.doomed or worker.outstanding or worker.batches or self.setup is not None:
+                process.end()  # no executor finds what another one has set up
                 continue
             if process.up:
                 process.up = False  # until it says that it is as it was when it was started
@@ -3185,6 +3913,13 @@ class _LokyEngine(_Engine):
 
 def _ignore(_: bytes) -> None:
     pass
+
+
+def _has_written(connection: Any) -> bool:
+    try:
+        return bool(connection.poll(0))
+    except OSError:
+        return True  # its end
 
 
 class _Watch:
@@ -3268,7 +4003,7 @@ def _missing(inbox: bytearray, at: int = 0) -> int:
 # --- joblib: objects in shared memory ---------------------------------------------------------
 
 
-class _Shared:
+class _Shared(Handle[Any]):
     """A handle to an object that workers read from shared memory.
 
     Unpickled anywhere on this machine, it is the object. What is large, is written once to a
@@ -3283,17 +4018,17 @@ class _Shared:
         buffers: list[pickle.PickleBuffer] = []
         outer, _pickling.handles = getattr(_pickling, "handles", None), []
         try:
-            data = _dumps(value, buffers)
+            data = _joblib_calls().dumps(value, buffers)
             self._inner = _pickling.handles  # what value refers to must not go before it
         finally:
             _pickling.handles = outer
         views = [buffer.raw() for buffer in buffers]
         if len(data) + sum(view.nbytes for view in views) < self.SMALL:
-            self._call: Any = pickle.loads, (_dumps(value),)
+            self._call: Any = pickle.loads, (_joblib_calls().dumps(value),)
             return
         self._call = _map_file, self._write([memoryview(data), *views])
         # Plain pickle can't send that function by value: it is to send a pickle that has it.
-        self._call = pickle.loads, (_dumps(self),)
+        self._call = pickle.loads, (_joblib_calls().dumps(self),)
 
     def _write(self, parts: list[memoryview]) -> tuple[str, list[tuple[int, int]]]:
         import tempfile  # a fifth of the time that importing this file takes
@@ -3333,7 +4068,7 @@ class _Shared:
             f"directory: {reason}"
         ) from reason
 
-    def load(self) -> Any:
+    def load(self, timeout: float | None = None) -> Any:
         function, args = self._call
         return function(*args)
 
@@ -3373,13 +4108,13 @@ class JoblibParallelBackend(_EngineBackend, backend_name="joblib"):
         super().__init__()
 
     @classmethod
-    def _engine(cls, workers: int) -> _Engine:
+    def _engine(cls, wishes: _Wishes) -> _Engine:
         active, _ = cls._active()
         inner = getattr(active, "inner_max_num_threads", None)
-        threads = str(inner or max(available_cpus() // workers, 1))
+        threads = str(inner or max(available_cpus() // wishes.workers, 1))
         # As joblib.Parallel does, to keep n workers from starting n threads each.
         names = (n for n in active.MAX_NUM_THREADS_VARS if inner or n not in os.environ)
-        return _LokyEngine(workers, dict.fromkeys(names, threads))
+        return _LokyEngine(wishes, dict.fromkeys(names, threads))
 
     @classmethod
     def _active(cls) -> tuple[Any, int | None]:
@@ -3398,16 +4133,13 @@ class JoblibParallelBackend(_EngineBackend, backend_name="joblib"):
     def put(self, v: T) -> T:
         return cast("T", _Shared(v))
 
-    def _value(self, handle: Any, timeout: float | None) -> Any:
-        return handle.load() if isinstance(handle, _Shared) else super()._value(handle, timeout)
-
 
 # --- Ray --------------------------------------------------------------------------------------
 
 
-def _ray_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """(work, call): what Ray runs for an executor, and for ``wrap``; by value, as above."""
-    run, seal = _run, _seal
+def _ray_functions(setup: bytes = b"") -> tuple[Callable[..., Any], ...]:
+    """What Ray runs, and what that needs; by value, as above. ``setup`` is an initializer's pickle."""
+    run, pack, seal, dumper, opener, set_up = _run, _pack, _seal, _dumper, _opener, _set_up
 
     def shield(ray: Any) -> None:
         """From here on no interrupt meets this task but one that is not about it.
@@ -3435,63 +4167,100 @@ def _ray_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
             signal.signal(signal.SIGINT, handler)
         state["task"] = context.get_task_id()
 
-    def work(spec: Any, *args: Any) -> Sequence[Any]:
-        """Run a task or a chunk. Ray sees a task's arguments one by one if there are handles
-        among them, to wait for those and to send what is behind them."""
+    def pick(number: int, is_inside: bool) -> Any:
+        """What stands in a pickle for a handle, which Ray has to see: it is among the values that
+        came with the pickle, by itself if its object is meant, in a list if Ray's own reference is."""
+        value = shelf()[number]
+        return value[0] if is_inside else value
+
+    def shelf(*values: Any) -> Any:
+        """What pick() finds in this thread, after it was put there."""
+        # By way of a module: functions that go by value have no other place that each can find.
+        import multiprocessing
+
+        places = vars(multiprocessing.current_process()).setdefault("parallel_backend_values", {})
+        if values:
+            places[threading.get_ident()] = values[0]
+        return places.get(threading.get_ident())
+
+    def tools(ray: Any) -> Any:
+        """(dumps, by executor its open_call), for as long as this process lives."""
+        import multiprocessing
+
+        process: Any = multiprocessing.current_process()
+        if not hasattr(process, "parallel_backend_tools"):
+            process.parallel_backend_tools = dumper(ray.cloudpickle), {None: opener(pickle.loads)}
+        return process.parallel_backend_tools
+
+    def work(spec: bytes, *values: Any) -> Any:
+        """Run a task or a chunk. ``values`` are the objects behind the handles in it."""
         ray = importlib.import_module("ray")
         shield(ray)
-        dumps = ray.cloudpickle.dumps
-        reraise = False
-        if isinstance(spec, bytes):
+        dumps, openers = tools(ray)
+        head, body, (executor, mark, reraise, stays) = pickle.loads(spec)
+
+        def answer(*status: Any, value: Any = None) -> Any:
+            return (status, value) if stays else status
+
+        shelf(values)
+        try:
+            if executor not in openers:
+                try:
+                    openers[executor] = opener(set_up(setup, dumps))
+                except BaseException as raised:
+                    return answer("failed", pack(raised, dumps))
             try:
-                fn, arguments, how, budget = pickle.loads(spec)
+                call = openers[executor](head, body)
             except BaseException as reason:
-                return seal(([], reason, 0, 0.0), dumps, []), []
-        else:
-            fn, arguments, how, budget, names, reraise = spec
-            if args:
-                split = len(args) - len(names)
-                arguments, how = args[:split], dict(zip(names, args[split:]))
-
-        def got(value: Any) -> Any:
-            if not isinstance(value, ray.ObjectRef):
-                return value
-            try:
-                return ray.get(value)
-            except ray.exceptions.RayTaskError as error:
-                raise (error.cause if isinstance(error.cause, BaseException) else error) from None
-
-        def resolved(*args: Any) -> Any:
-            return fn(*map(got, args))
-
-        # A handle among the items of a chunk comes as it is.
-        items = arguments if budget is not None and how else [arguments]
-        handles = any(isinstance(arg, ray.ObjectRef) for item in items for arg in item)
-        values, error, begun, seconds = run(resolved if handles else fn, arguments, how, budget)
+                return answer(seal(([], reason, 0, 0.0), dumps, []), [], [])
+        finally:
+            shelf(None)
+        del values
+        if mark is not None:
+            # Which task runs here now, and which of its attempts, if Ray retries it.
+            key, number = mark
+            key += ray.get_runtime_context().get_worker_id()
+            value = f"{number} {os.urandom(8).hex()}".encode()
+            importlib.import_module("ray.experimental.internal_kv")._internal_kv_put(key, value)
+        values, error, begun, seconds = run(*call)
+        del call
         if reraise and isinstance(error, Exception):
             raise error
-        plain = {bool, int, float, str, bytes, type(None), ray.ObjectRef}
+        if stays and error is None:
+            return answer(None, ([], None, begun, seconds), [], value=values[0])
+        plain = {bool, int, float, str, bytes, type(None)}
         if error is None and plain.issuperset(map(type, values)):
-            # Ray must see a handle that is a result, or it would keep the object for ever.
-            # Lists of such are what Ray need not pickle.
-            return [None, [values, None, begun, seconds]]
+            return answer(None, [values, None, begun, seconds], [])  # which Ray need not pickle
         # Not left to Ray: it unpickles in its I/O thread, where a failure would go unheard.
         buffers: list[Any] = []
-        return seal((values, error, begun, seconds), dumps, buffers), buffers
+        refs: list[Any] = []
 
-    def call(fn: Any, names: list[str], *args: Any) -> Any:
-        split = len(args) - len(names)
-        return fn(*args[:split], **dict(zip(names, args[split:])))
+        def reduce_ref(ref: Any) -> Any:
+            refs.append([ref])
+            return pick, (len(refs) - 1, True)
 
-    return work, call
+        more = {ray.ObjectRef: reduce_ref, ray.actor.ActorHandle: reduce_ref}
+        seen = functools.partial(dumps, more=more)
+        return answer(seal((values, error, begun, seconds), seen, buffers), buffers, refs)
+
+    def fetch(ref: Any) -> Any:
+        return importlib.import_module("ray").get(ref)
+
+    return work, pick, shelf, fetch
+
+
+_ray_work, _ray_pick, _ray_shelf, _ray_fetch = _ray_functions()
 
 
 @functools.cache
-def _ray_remotes() -> tuple[Any, Any]:
-    """Remote functions, made once: Ray exports them when first called in each session."""
-    ray = _import_or_explain("ray")
-    work, call = _ray_functions()
-    return _only_connected(ray.remote(work)), _only_connected(ray.remote(call))
+def _ray_remote() -> Any:
+    """The remote function, made once: Ray exports it when it is first called in each session."""
+    return _only_connected(_import_or_explain("ray").remote(_ray_work))
+
+
+@functools.cache
+def _ray_calls() -> _Calls:
+    return _Calls(_import_or_explain("ray.cloudpickle"))
 
 
 def _ray_with(remote: Any, options: dict[str, Any]) -> Any:
@@ -3547,10 +4316,35 @@ _RAY_GATHER = 16  # replies that are awaited together while they come fast
 class _RayEngine(_Engine):
     """See above."""
 
+    name = "Ray"
     chunk_seconds = 0.1  # some milliseconds pass from one task's end to the next one's start
+    look_after = 0.1  # began() asks Ray's key-value store, into which tasks write when they begin
 
-    def __init__(self, ray: Any, max_workers: int, options: dict[str, Any]) -> None:
+    def __init__(self, ray: Any, wishes: _Wishes, stays: bool) -> None:
         self.ray = ray
+        max_workers, options = wishes.workers, wishes.options
+        self.held = wishes.setup  # what handles in it refer to must stay
+        key = os.urandom(8).hex()
+        self.mark = f"parallel_backend {key} ".encode() if wishes.is_limited else None
+        self.numbers = itertools.count()
+        self.marked: dict[int, _Work] = {}  # what is lent, by number, if there is a mark
+        self.seen: dict[bytes, tuple[bytes, float]] = {}  # by worker: its last word, and since when
+        self.base = _ray_remote()
+        self.setup_refs: list[Any] = []
+        if wishes.setup is not None:
+            setup = _ray_calls().dumps(wishes.setup, None, self.by_number(self.setup_refs))
+            self.base = _only_connected(ray.remote(_ray_functions(setup)[0]))
+            # Processes of its own: whatever an initializer leaves there, no other executor finds.
+            env = dict(options.get("runtime_env") or {})
+            env["env_vars"] = {**env.get("env_vars", {}), "PARALLEL_BACKEND_EXECUTOR": key}
+            options["runtime_env"] = env
+        if wishes.max_tasks is not None:
+            options["max_calls"] = wishes.max_tasks
+        self.stays = stays  # results stay in the object store
+        if stays:
+            self.future_type = _RayFuture
+            options["num_returns"] = 2  # what became of it, and its result
+        self.executor = None if wishes.setup is None else key
         # Without the ray.init() that each brings along: this session's end is ours, too.
         self.wait, self.get, self.cancel = map(_unhooked, (ray.wait, ray.get, ray.cancel))
         self.resources = _unhooked(ray.cluster_resources)
@@ -3580,7 +4374,7 @@ class _RayEngine(_Engine):
         self.refused: dict[Any, float] = {}  # when a take_back() found that one had begun
         self.front: frozenset[_Work] = frozenset()  # what runs, as far as one can know
         self.stopping: set[Any] = set()  # references of what was killed and is not known to be gone
-        self.dependents: set[Any] = set()  # those that may wait for an argument, out of order
+        self.dependents: set[Any] = set()  # those with objects among their arguments: out of order
         self.news: queue.SimpleQueue[Any] = queue.SimpleQueue()  # references that rang; None: look
         self.woken = False
         self.io_thread = 0
@@ -3619,6 +4413,50 @@ class _RayEngine(_Engine):
 
     def running(self, work: _Work) -> bool:
         return work in self.front
+
+    def began(self) -> list[tuple[_Work, float]]:
+        store = importlib.import_module("ray.experimental.internal_kv")
+        with contextlib.suppress(Exception):  # its head is away, or the session is gone
+            for key in store._internal_kv_list(self.mark):
+                word = store._internal_kv_get(key)
+                if word is not None and word != self.seen.get(key, (b"", 0))[0]:
+                    self.seen[key] = word, time.monotonic()
+        words = [
+            (self.marked.get(int(word.split()[0])), since) for word, since in self.seen.values()
+        ]
+        return [(work, since) for work, since in words if work is not None]
+
+    def awaited(self, value: Any) -> Future[Any] | None:
+        if not isinstance(value, self.ray.ObjectRef):
+            return super().awaited(value)
+        # One of Ray's own: it is not to take a place among those lent before it can run.
+        arrival: Future[Any] = Future()
+        with contextlib.suppress(Exception):  # the session is gone, as the task is told
+            if self.wait([value], timeout=0, fetch_local=False)[1]:
+                _when_done(value, lambda _: arrival.set_result(None))
+                return arrival
+        return None
+
+    def given(self, future: Future[Any]) -> Any:
+        # What another task has left in the object store goes from there to this one.
+        return future.handle if isinstance(future, _RayFuture) else future.result()
+
+    def by_number(self, values: list[Any]) -> dict[type, Callable[[Any], Any]]:
+        """Reducers that leave handles and references out of a pickle, and list them here."""
+
+        def leave_out(number: int, is_inside: bool) -> Any:
+            return _ray_pick, (number, is_inside)
+
+        def handle(handle: Any) -> Any:
+            values.append(handle.ref)
+            return leave_out(len(values) - 1, False)
+
+        def reference(reference: Any) -> Any:
+            values.append([reference])
+            return leave_out(len(values) - 1, True)
+
+        kinds = self.ray.ObjectRef, self.ray.actor.ActorHandle
+        return {_RayHandle: handle, **dict.fromkeys(kinds, reference)}
 
     def take_back(self, works: list[_Work]) -> None:
         # Oldest first: Ray looks for each from the front of its queue. So many at once, so that
@@ -3712,11 +4550,18 @@ class _RayEngine(_Engine):
             ref = work.slot
             if self.lent.get(ref) is not work:
                 return
+            if isinstance(work.verdict, TimeoutError) and self.has_ended(ref):
+                return  # in time, but it was not heard of yet
             self.forget(ref)
             self.stopping.add(ref)
             self.core.stopped(work)
         self.kill([ref])
         self.feed()
+
+    def has_ended(self, ref: Any) -> bool:
+        with contextlib.suppress(Exception):  # the session is gone: the waiter ends it
+            return bool(self.wait([ref], timeout=0, fetch_local=False)[0])
+        return True
 
     def kill(self, refs: Sequence[Any]) -> None:
         def cancel() -> None:
@@ -3742,6 +4587,9 @@ class _RayEngine(_Engine):
             deadline = time.monotonic() + 5
             while self.stopping and time.monotonic() < deadline and self.lost() is None:
                 self.make_sure(0.02)  # stopped means that its process is gone
+            if self.mark is not None:
+                store = importlib.import_module("ray.experimental.internal_kv")
+                store._internal_kv_del(self.mark, del_by_prefix=True)
         self.news.put(None)
         if not self.inside():
             self.waiter.join(0.2)
@@ -3849,8 +4697,20 @@ class _RayEngine(_Engine):
         name, count = _name(work.call), _count(work.call)
         errors = self.ray.exceptions
         try:
-            data, rest = get()
-            return _opened(data, rest, name, count)
+            data, *rest = get()
+            if data == "failed":  # to set up its worker
+                raised = _unpack(rest[0], "the initializer", 1)
+                failure = _initializer_failed(raised or RuntimeError("unknown"))
+                self.core.break_down(failure)
+                return [], failure, count, 0.0
+            _ray_shelf(rest[1])
+            try:
+                reply = _opened(data, rest[0], name, count)
+            finally:
+                _ray_shelf(None)
+            if self.stays and reply[1] is None:
+                return [_RayHandle(work.message)], *reply[1:]
+            return reply
         except errors.TaskCancelledError as error:
             # A take_back() has met it on its way in, or its worker has died after one said no, and
             # Ray does not run again what was to be cancelled.
@@ -3871,7 +4731,8 @@ class _RayEngine(_Engine):
             if isinstance(error.cause, errors.RaySystemError):
                 failure = _broken(f"The worker could not unpickle the call of {name}")
                 return [], _caused(failure, error), 0, 0.0
-            return [], _ray_cause(error), count, 0.0
+            # Or what is behind one of a chunk's handles has failed: then its items are tried singly.
+            return [], _ray_cause(error), 0, 0.0
         except errors.RayError as error:  # a worker, a node, an object or a whole session is gone
             failure = _broken(f"Ray lost {name}, or its result: {error}")
             return [], _caused(failure, error), count, 0.0
@@ -3915,8 +4776,8 @@ class _RayEngine(_Engine):
                 failed += self.send(works.pop(0))
             self.core.end(failed)  # when none is in our hands any more: a callback may ask for it
         with _engine_lock:
-            free = (work for ref, work in self.lent.items() if ref not in self.dependents)
-            self.front = frozenset(islice(free, min(self.capacity, self.max_workers)))
+            room = min(self.capacity, self.max_workers)
+            self.front = frozenset(islice(self.lent.values(), room))
             count = max(self.capacity, 4) + len(self.dependents) + self.more_bells
             for ref in islice(self.lent, count):
                 if ref not in self.belled:
@@ -3927,10 +4788,7 @@ class _RayEngine(_Engine):
 
     def ring_for(self, ref: Any) -> None:
         put = self.news.put
-        if hasattr(ref, "_on_completed"):
-            ref._on_completed(lambda _: put(ref))
-        else:  # Ray Client's
-            ref.future().add_done_callback(lambda _: put(ref))
+        _when_done(ref, lambda _: put(ref))
 
     def send(self, work: _Work) -> list[tuple[_Work, Reply]]:
         """Submit it to Ray; it stands in ``sending``, and nobody takes it back until it is sent. What
@@ -3940,24 +4798,20 @@ class _RayEngine(_Engine):
         failure: BaseException | None = None
         ref = None
         is_dependent = False
+        number = next(self.numbers)
         try:
             if (reason := self.lost()) is not None:
                 raise reason
-            fn, arguments, how, budget = call
-            args: tuple[Any, ...] = ()
-            if budget is None:
-                args = (*arguments, *how.values())
-                is_dependent = any(isinstance(value, self.ray.ObjectRef) for value in args)
-            remote = self.remote(_name(call))
-            # In one piece, if it is plain: half the time. What only cloudpickle can send, Ray has to
-            # see, for it counts the references to objects that it finds there.
-            data = None if is_dependent or self.reraise else _plainly(call)
-            if data is not None:
-                ref = remote.remote(data)
-            elif is_dependent:
-                ref = remote.remote((fn, [], {}, budget, list(how), self.reraise), *args)
-            else:
-                ref = remote.remote((*call, [], self.reraise))
+            # In one piece: several arguments take Ray longer. What is behind handles, Ray has to see:
+            # it fetches it before the task starts, places the task near it, and counts and frees it.
+            values: list[Any] = list(self.setup_refs)
+            more = self.by_number(values)
+            head, body = _ray_calls().message(self.with_handles(call), {}, more, values)
+            mark = None if self.mark is None else (self.mark.decode(), number)
+            data = pickle.dumps((head, body, (self.executor, mark, self.reraise, self.stays)), 5)
+            is_dependent = bool(values)
+            made = self.remote(_name(call)).remote(data, *values)
+            ref, work.message = made if self.stays else (made, number)
         except BaseException as error:
             failure = error
         with self.sent:
@@ -3966,6 +4820,8 @@ class _RayEngine(_Engine):
             if ref is not None:
                 work.slot = ref
                 self.lent[ref] = work
+                if self.mark is not None:
+                    self.marked[number] = work
                 if is_dependent:
                     self.dependents.add(ref)
         if failure is None:
@@ -3973,20 +4829,40 @@ class _RayEngine(_Engine):
         if isinstance(failure, self.ray.exceptions.RayError):  # it was shut down just now
             return [(work, ([], _broken("Ray took no more tasks", failure), _count(call), 0.0))]
         if isinstance(failure, Exception) and not isinstance(failure, BrokenExecutor):
-            return [(work, ([], _unpicklable(_name(call), failure), 0, 0.0))]
+            return [(work, ([], _ray_calls().unpicklable(call, failure), 0, 0.0))]
         return [(work, ([], failure, _count(call), 0.0))]
+
+    def with_handles(self, call: Call) -> Call:
+        """As an argument, or an item of a map, one of Ray's own references means its object, too."""
+        fn, arguments, how, budget = call
+        kind = self.ray.ObjectRef
+
+        def handles(values: Iterable[Any]) -> list[Any]:
+            return [_RayHandle(value) if type(value) is kind else value for value in values]
+
+        if budget is not None and how:
+            return fn, [tuple(handles(item)) for item in arguments], how, budget
+        if budget is None and kind in map(type, how.values()):
+            how = dict(zip(how, handles(how.values())))
+        if kind in map(type, arguments):
+            arguments = handles(arguments)
+        return fn, arguments, how, budget
 
     def remote(self, name: str) -> Any:
         """The remote function under the name of the user's, for the dashboard and Ray's logs."""
         if name not in self.remotes:
             if len(self.remotes) > 100:
                 self.remotes.clear()
-            self.remotes[name] = _ray_with(_ray_remotes()[0], {"name": name, **self.options})
+            self.remotes[name] = _ray_with(self.base, {"name": name, **self.options})
         return self.remotes[name]
 
     def forget(self, ref: Any) -> None:
         """It is lent no more; under ``_engine_lock``."""
-        del self.lent[ref]
+        work = self.lent.pop(ref)
+        if self.marked:
+            self.marked = {
+                number: other for number, other in self.marked.items() if other is not work
+            }
         self.belled.discard(ref)
         self.refused.pop(ref, None)
         self.dependents.discard(ref)
@@ -4018,8 +4894,9 @@ class _RayEngine(_Engine):
                 for ref in list(self.lent):
                     self.forget(ref)
             if not works:
-                return
+                break
             self.core.end([(work, ([], reason, _count(work.call), 0.0)) for work in works])
+        self.core.break_down(reason)  # what waits for a future fails, too
 
 
 def _ray_cause(error: Any) -> BaseException:
@@ -4031,11 +4908,61 @@ def _ray_cause(error: Any) -> BaseException:
     return _traced(cause, str(error))
 
 
+def _when_done(ref: Any, callback: Callable[[Any], None]) -> None:
+    """Call it in Ray's I/O thread when there is an object or an error behind ``ref``."""
+    if hasattr(ref, "_on_completed"):
+        ref._on_completed(callback)  # private, but there since Ray 1.0
+    else:  # Ray Client's
+        ref.future().add_done_callback(callback)
+
+
+class _RayHandle(Handle[Any]):
+    """A handle to an object in Ray's object store; ``ref`` is Ray's own."""
+
+    def __init__(self, ref: Any) -> None:
+        self.ref = ref
+
+    def load(self, timeout: float | None = None) -> Any:
+        ray = _import_or_explain("ray")
+        try:
+            return _unhooked(ray.get)(self.ref, timeout=timeout)
+        except ray.exceptions.RayTaskError as error:
+            cause = _ray_cause(error)
+            raise cause from cause.__cause__
+
+    def __reduce__(self) -> Any:
+        return _ray_fetch, (self.ref,)  # where Ray itself pickles it, inside put(), say
+
+
+class _RayFuture(_Task):
+    """What ``wrap`` returns: its result stays in the object store until somebody asks for it."""
+
+    value: Any = None  # (it,), when somebody has
+
+    @property
+    def handle(self) -> _RayHandle:
+        return cast("_RayHandle", super().result())
+
+    @property
+    def ref(self) -> Any:
+        """Ray's own reference to the result, when it is done."""
+        return self.handle.ref
+
+    def result(self, timeout: float | None = None) -> Any:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        handle = super().result(timeout)
+        if self.value is None:
+            left = None if deadline is None else max(deadline - time.monotonic(), 0)
+            self.value = (handle.load(left),)
+        return self.value[0]
+
+
 class RayParallelBackend(_EngineBackend, backend_name="ray"):
     """Runs tasks on a Ray cluster: the one Ray is connected to, else what ``ray.init()`` finds
     (``RAY_ADDRESS``, or a cluster on this machine), else a new one on this machine.
 
-    ``put`` and ``wrap`` return Ray's own ``ObjectRef``.
+    What ``put`` and ``wrap`` return has Ray's own ``ObjectRef`` as its ``ref``. One of Ray's own may be
+    given to a task, and to ``get`` and ``wait``, too.
     """
 
     def __init__(self) -> None:
@@ -4055,16 +4982,22 @@ class RayParallelBackend(_EngineBackend, backend_name="ray"):
         return bounded
 
     @classmethod
-    def _engine(cls, workers: int, **options: Any) -> _Engine:
-        """``options`` are those of Ray's tasks: ``num_cpus``, ``resources``, ``max_retries``, …"""
-        if "num_returns" in options:
-            raise TypeError("A task of an executor has one result, so there is no num_returns")
+    def _has_option(cls, name: str, value: Any) -> bool:
+        if super()._has_option(name, value):
+            return True
+        with contextlib.suppress(ValueError):  # Ray's, of a name that it does not know either
+            _ray_remote().options(**{name: value})
+            return name != "num_returns"
+        return False
+
+    @classmethod
+    def _engine(cls, wishes: _Wishes, stays: bool = False) -> _Engine:
         ray = _started_ray()
         worker = getattr(ray.get_runtime_context(), "worker", None)
         if getattr(worker, "mode", None) == ray.WORKER_MODE:  # get_task_id() warns elsewhere
             # This is a task, which will wait for those: they use its CPU, for there may be no other.
-            options.setdefault("num_cpus", 0)
-        return _RayEngine(ray, workers, options)
+            wishes.options.setdefault("num_cpus", 0)
+        return _RayEngine(ray, wishes, stays)
 
     @classmethod
     def _default_workers(cls) -> int:
@@ -4076,17 +5009,18 @@ class RayParallelBackend(_EngineBackend, backend_name="ray"):
         return cpus, cpus
 
     def put(self, v: T) -> T:
-        return cast("T", _started_ray().put(v))
+        return cast("T", _RayHandle(_started_ray().put(v)))
 
-    def wrap(self, fun: Callable[..., T], **options: Any) -> Callable[..., Handle[T]]:
-        _started_ray()
-        remote = _ray_with(_ray_remotes()[1], options)
+    def _options_for_wrap(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        for name, value in options.items():
+            if not self._has_option(name, value):
+                raise _unknown_option(name)
+        return dict(options)
 
-        @functools.wraps(fun)
-        def start(*args: Any, **kwargs: Any) -> Any:
-            return remote.remote(fun, list(kwargs), *args, *kwargs.values())
-
-        return start
+    def _executor_for_wrap(self, options: dict[str, Any]) -> Executor:
+        workers = self._n_cpus_local or sys.maxsize
+        engine = self._engine(_Wishes(workers, None, None, False, {**options}), stays=True)
+        return ParallelExecutor(engine, workers, CancellationPolicy.NONE)
 
     def _futures(self, handles: Sequence[Any]) -> list[Future[Any] | None]:
         ray = _import_or_explain("ray")
@@ -4101,14 +5035,9 @@ class RayParallelBackend(_EngineBackend, backend_name="ray"):
         ]
 
     def _value(self, handle: Any, timeout: float | None) -> Any:
-        ray = _import_or_explain("ray")
-        if not isinstance(handle, ray.ObjectRef):
-            return super()._value(handle, timeout)
-        try:
-            return _unhooked(ray.get)(handle, timeout=timeout)
-        except ray.exceptions.RayTaskError as error:
-            cause = _ray_cause(error)
-            raise cause from cause.__cause__
+        if isinstance(handle, _import_or_explain("ray").ObjectRef):
+            handle = _RayHandle(handle)
+        return super()._value(handle, timeout)
 
 
 # --- the self-test ----------------------------------------------------------------------------

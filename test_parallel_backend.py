@@ -618,6 +618,9 @@ class UnpicklableException(Exception):
     def __init__(self, a: int, b: int) -> None:
         super().__init__(a)
 
+    def __reduce__(self) -> Any:
+        return UnpicklableException, (1,)  # its own way, which is wrong
+
 
 class LockedException(Exception):
     def __init__(self) -> None:
