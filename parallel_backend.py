@@ -943,10 +943,13 @@ Reply = tuple[list[Any], "BaseException | None", int, float]
 
 def _name(call: Call | None) -> str:
     """What to call a task in an error."""
+    fn: Any = call[0] if call is not None else None
+    while isinstance(fn, functools.partial):
+        fn = fn.func
     try:
-        return str(cast("Any", call)[0].__qualname__)
+        return str(fn.__qualname__)
     except Exception:
-        return "a task" if call is None else f"a {type(call[0]).__name__}"
+        return "a task" if call is None else f"a {type(fn).__name__}"
 
 
 def _count(call: Call | None) -> int:
@@ -1555,7 +1558,7 @@ class _Core:
         limit = self.limit or 0.0
         while True:
             with _lock:
-                while self.stage < _Stage.CLOSED and not self.works:
+                while self.stage < _Stage.CLOSED and not (self.works or self.uncut):
                     self.is_unwatched = True
                     self.closed.wait()
                 if self.stage is _Stage.CLOSED:
@@ -2278,7 +2281,8 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
         """The life of a worker process: read a batch of calls, run them, reply to each.
 
         It says that it is ready with an empty message, also after an initializer, and with another
-        one whenever calls of the batch that it works on have been taken back.
+        one whenever calls of the batch that it works on have been taken back; with b"b", if that is
+        asked for, that it begins a call.
         """
         import faulthandler
         import multiprocessing
@@ -2364,7 +2368,7 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
                     return
                 send(b"")
                 continue
-            slot, path, calls = pickle.loads(message)
+            slot, path, is_limited, calls = pickle.loads(message)
             if path is not None:
                 sys.path[:] = path  # the program has changed it since this process was started
                 born = (*born[:2], path)
@@ -2390,6 +2394,8 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
                 except BaseException as error:
                     data = dumps(([], pack(error, dumps), 0, 0.0))
                 else:
+                    if is_limited:
+                        send(b"b")  # it begins: what it took to import its module does not count
                     reply: Any = run(*call)
                     # A call holds its arguments, and they what they like.
                     call = head = body = None
@@ -2587,8 +2593,9 @@ class _Calls:
     def unpicklable(self, call: Call, reason: BaseException) -> BaseException:
         """What a task fails with that can't be sent."""
         fn, arguments, how, budget = call
-        named = {} if budget is not None else how
-        parts = [("the function", fn), *enumerate(arguments, 1), *named.items()]
+        kind = "argument" if budget is None else "item"
+        parts = [("", fn), *((f"{kind} {n}", value) for n, value in enumerate(arguments, 1))]
+        parts += [] if budget is not None else how.items()
         name = _name(call)
         where = self.find(parts, name, 8)
         message = f"Could not pickle the call of {name}, or its arguments: {_said(reason)}"
@@ -2596,39 +2603,36 @@ class _Calls:
             message += f" (in {where})"
         return _caused(pickle.PicklingError(message), reason)
 
-    def find(self, parts: Iterable[tuple[Any, Any]], whole: str, depth: int) -> str:
+    def find(self, parts: Iterable[tuple[str, Any]], whole: str, depth: int) -> str:
         """The name of the innermost of them that can't be pickled; empty if each can."""
-        for key, value in islice(parts, 1000):
+        for name, value in islice(parts, 1000):
             try:
                 self.dumps(value)
             except Exception:
-                if isinstance(key, int):
-                    key = f"item {key}" if depth < 8 else f"argument {key}"
-                place = whole if key == "the function" else f"{key} of {whole}"
+                place = f"{name} of {whole}" if name else whole
                 return (self.find(_parts(value), place, depth - 1) if depth else "") or place
         return ""
 
 
-def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
-    """(what to call it, the part) of what a value is made of."""
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """(what to call it, the part) of what a value is made of; "" for one that needs no name."""
     if isinstance(value, types.FunctionType):
         used = inspect.getclosurevars(value)
         yield from ((f"the variable {name!r}", part) for name, part in used.nonlocals.items())
         yield from ((f"the global {name!r}", part) for name, part in used.globals.items())
     elif isinstance(value, types.MethodType):
-        yield "the object", value.__self__
+        yield "", value.__self__
     elif isinstance(value, functools.partial):
-        yield "the function", value.func
-        yield from enumerate(value.args, 1)
+        yield "", value.func
+        yield from _parts(value.args)
         yield from value.keywords.items()
     elif isinstance(value, dict):
         yield from ((f"[{key!r}]", part) for key, part in value.items())
     elif isinstance(value, (list, tuple, set, frozenset)):
-        yield from enumerate(value, 1)
+        yield from ((f"item {n}", part) for n, part in enumerate(value, 1))
     else:
-        yield from (
-            (f"the attribute {name!r}", v) for name, v in getattr(value, "__dict__", {}).items()
-        )
+        attributes = getattr(value, "__dict__", {})
+        yield from ((f"the attribute {name!r}", part) for name, part in attributes.items())
 
 
 @functools.cache
@@ -3324,6 +3328,7 @@ _BATCH = 64  # calls, at most
 _AHEAD = 0.02  # seconds of work that a worker may have
 _QUIET = 0.005  # seconds
 _LARGE = 32 * 1024 if sys.platform != "darwin" else 4 * 1024  # bytes: what surely fits into a pipe
+_BEGUN = object()  # what a worker with a time limit says before it runs a call
 _PATIENCE = 3  # workers in a row that could not be started, before what is pending fails
 
 
@@ -3368,7 +3373,7 @@ class _Worker:
         self.outstanding = 0  # calls not replied to, of both
         self.is_ready = False  # it is up, and its initializer, if there is one, has run
         self.spare = sys.maxsize  # how many tasks it may still be lent
-        self.since = 0.0  # when the call that runs began, by time.monotonic(), or a little later
+        self.since = float("inf")  # when the call that runs began, if the worker has said so
         self.is_read = False  # what it has written is in the reader's hands
         self.doomed = False  # killed, or about to be: it is lent nothing any more
         self.heard = time.perf_counter()
@@ -3415,6 +3420,7 @@ class _LokyEngine(_Engine):
         self.max_tasks = wishes.max_tasks or sys.maxsize  # of a worker
         self.setup = None if wishes.setup is None else _joblib_calls().dumps(wishes.setup)
         self.held = wishes.setup  # what handles in it refer to must stay
+        self.is_limited = wishes.is_limited  # workers say when they begin a call
         self.env = env
         self.workers: list[_Worker] = []
         self.idle: list[_Worker] = []  # those of them that are up and have nothing
@@ -3507,7 +3513,9 @@ class _LokyEngine(_Engine):
             return [
                 (worker.batches[0].works[0], worker.since)
                 for worker in busy
-                if not _has_written(worker.process.connection) and not worker.is_read
+                if worker.since < float("inf")
+                and not _has_written(worker.process.connection)
+                and not worker.is_read
             ]
 
     def close(self) -> None:
@@ -3709,7 +3717,6 @@ class _LokyEngine(_Engine):
                     work.slot = None
                 mine = [work for work in mine if work.slot is not None]
                 fitting = 0 if worker.doomed else self.fitting(worker, mine)
-                was_dry = not worker.outstanding
                 for work in mine[fitting:]:
                     work.slot = None
                 self.core.put_back(mine[fitting:])
@@ -3722,8 +3729,6 @@ class _LokyEngine(_Engine):
             if message is not None:
                 with contextlib.suppress(OSError):  # it is gone: its end is read after its replies
                     worker.process.connection.send_bytes(message)
-                if was_dry:
-                    worker.since = time.monotonic()  # it has read what it is to run
             elif worker.outstanding or worker.doomed:
                 return
 
@@ -3749,7 +3754,6 @@ class _LokyEngine(_Engine):
         worker.batches.append(batch)
         if not worker.outstanding:
             self.hear(worker)
-            worker.since = float("inf")  # it is not sent yet
         worker.outstanding += len(works)
         worker.spare -= len(works)
         return self.letter(worker, slot, [work.message for work in works])
@@ -3761,7 +3765,7 @@ class _LokyEngine(_Engine):
             path = worker.process.path = list(sys.path)
             folder, _, environment = worker.process.shape
             worker.process.shape = folder, tuple(path), environment
-        return pickle.dumps((slot, path, content), 5)
+        return pickle.dumps((slot, path, self.is_limited, content), 5)
 
     def hear(self, worker: _Worker) -> None:
         worker.heard = time.perf_counter()
@@ -3779,8 +3783,8 @@ class _LokyEngine(_Engine):
         replies: list[Any] = []
         for message in messages:
             # Under no lock, for it runs code of the user's, and maybe for long.
-            reply: Any = None
-            if message:
+            reply: Any = _BEGUN if message == b"b" else None
+            if message and reply is None:
                 try:
                     reply = pickle.loads(message)
                     if isinstance(reply[0], tuple) or reply[1] is not None:
@@ -3805,9 +3809,13 @@ class _LokyEngine(_Engine):
                         self.failures, self.limit = 0, self.max_workers
                         worker.is_ready = self.setup is None
                     continue
+                if reply is _BEGUN:
+                    worker.since = time.monotonic()
+                    continue
                 if not worker.is_ready:
                     broken = reply
                     continue
+                worker.since = float("inf")
                 batch = worker.batches[0]
                 batch.left -= 1
                 if batch.works:  # none: it was stopped, and had just ended
@@ -3818,8 +3826,6 @@ class _LokyEngine(_Engine):
                 if not batch.left:
                     worker.batches.popleft()
             worker.is_read = False
-            if replies:
-                worker.since = time.monotonic()
         if broken is not None:
             raised = _opened(broken, (), "the initializer", 1)[1]
             self.core.break_down(_initializer_failed(raised or RuntimeError("unknown")))
@@ -4359,6 +4365,7 @@ class _RayEngine(_Engine):
         self.needs = {"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus")}
         self.needs.update({"memory": options.get("memory"), **(options.get("resources") or {})})
         self.capacity = 1
+        self.has_warned = False
         self.measure()
         self.context = ray.get_runtime_context()  # asking it does not start Ray, as asking ray does
         self.session = self.context.gcs_address, self.context.get_job_id()
@@ -4876,6 +4883,10 @@ class _RayEngine(_Engine):
         if self.is_unbounded:
             counts = [self.max_workers, max(int(has.get("CPU", 1)), 1)]
         self.capacity = min(counts)
+        if not self.capacity and not self.has_warned:
+            self.has_warned = True
+            wants = ", ".join(f"{name}: {each:g}" for name, each in self.needs.items() if each)
+            _log.warning("Tasks wait: no node of Ray's has what each of them needs (%s)", wants)
 
     def lost(self) -> BaseException | None:
         """Why no reply will come any more, if so."""
