@@ -4280,7 +4280,7 @@ def _only_connected(remote: Any) -> Any:
     By itself, Ray would start a new cluster then, or join another one."""
     bare = _unhooked(type(remote)._remote)  # private; where it is not so wrapped, nothing changes
     if bare is not type(remote)._remote:
-        remote._remote = types.MethodType(bare, remote)
+        remote._remote = functools.partial(_ray_gate.call, bare, remote)
     return remote
 
 
@@ -4288,6 +4288,49 @@ def _unhooked(function: Any) -> Any:
     """One of Ray's functions without the ``ray.init()`` that Ray wraps around each since 2.0."""
     name = getattr(getattr(function, "__code__", None), "co_name", "")
     return function.__wrapped__ if name == "auto_init_wrapper" else function
+
+
+class _RayGate:
+    """Keeps ray.shutdown() waiting while one of our threads is inside Ray, and them out from then on:
+    whoever calls into Ray's core when that is gone, ends this process by it ("The core worker has
+    already been shutdown")."""
+
+    def __init__(self) -> None:
+        self.turn = threading.Condition()  # guards what follows; held for an instant only
+        self.inside = 0  # how many are
+        self.is_shut = False
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.turn:
+            if self.is_shut:
+                raise _broken("Ray was shut down while this executor lived")
+            self.inside += 1
+        try:
+            return function(*args, **kwargs)
+        finally:
+            with self.turn:
+                self.inside -= 1
+                self.turn.notify_all()
+
+    def watch(self, ray: Any) -> None:
+        """Learn of this session's end, which Ray tells nobody. What marks it is a method of Ray's
+        worker, since 2.50; with an older Ray, shutting down while tasks run is at one's own risk."""
+        worker = ray._private.worker.global_worker
+        mark = getattr(worker, "set_is_connected", None)
+        if mark is None or getattr(mark, "func", None) == self.pass_on:
+            return
+        self.is_shut = False
+        worker.set_is_connected = functools.partial(self.pass_on, mark)
+
+    def pass_on(self, mark: Callable[[bool], None], is_connected: bool) -> None:
+        with self.turn:
+            self.is_shut = not is_connected
+            if self.is_shut:
+                self.turn.wait_for(lambda: not self.inside, 5)  # they do not take that long
+        mark(is_connected)
+
+
+_ray_gate = _RayGate()
 
 
 def _started_ray(**options: Any) -> Any:
@@ -4352,8 +4395,11 @@ class _RayEngine(_Engine):
             options["num_returns"] = 2  # what became of it, and its result
         self.executor = None if wishes.setup is None else key
         # Without the ray.init() that each brings along: this session's end is ours, too.
-        self.wait, self.get, self.cancel = map(_unhooked, (ray.wait, ray.get, ray.cancel))
-        self.resources = _unhooked(ray.cluster_resources)
+        _ray_gate.watch(ray)
+        self.wait, self.get, self.cancel, self.resources = (
+            functools.partial(_ray_gate.call, _unhooked(function))
+            for function in (ray.wait, ray.get, ray.cancel, ray.cluster_resources)
+        )
         self.options = options
         self.max_workers = max_workers  # sys.maxsize: what the cluster allows
         # What fails is Ray's to see, if it is to run it again; and nothing else with it.
@@ -4368,7 +4414,7 @@ class _RayEngine(_Engine):
         self.has_warned = False
         self.measure()
         self.context = ray.get_runtime_context()  # asking it does not start Ray, as asking ray does
-        self.session = self.context.gcs_address, self.context.get_job_id()
+        self.session = self.identity()
         _broken("")  # imports what can't be imported any more when the interpreter exits
         self.nudge = ray.put(None)  # something that is there, for callbacks in the I/O thread
         self.lent: dict[Any, _Work] = {}
@@ -4542,8 +4588,8 @@ class _RayEngine(_Engine):
             call()  # we are there; or the references of Ray Client know no such thread
         else:
             try:
-                self.nudge._on_completed(call)  # private, but there since Ray 1.0
-            except AttributeError:
+                _when_done(self.nudge, call)
+            except (AttributeError, BrokenExecutor):
                 return False  # Ray was shut down
             while not over.wait(1):
                 if self.lost() is not None:
@@ -4888,11 +4934,15 @@ class _RayEngine(_Engine):
             wants = ", ".join(f"{name}: {each:g}" for name, each in self.needs.items() if each)
             _log.warning("Tasks wait: no node of Ray's has what each of them needs (%s)", wants)
 
+    def identity(self) -> tuple[Any, Any]:
+        """Of the session that Ray is connected to."""
+        return self.context.gcs_address, self.context.get_job_id()
+
     def lost(self) -> BaseException | None:
         """Why no reply will come any more, if so."""
         session = None
         with contextlib.suppress(Exception):  # by which it says that Ray is not initialised
-            session = self.context.gcs_address, self.context.get_job_id()
+            session = _ray_gate.call(self.identity)
         if session != self.session:
             return _broken("Ray was shut down while this executor lived")
         return None
@@ -4922,7 +4972,7 @@ def _ray_cause(error: Any) -> BaseException:
 def _when_done(ref: Any, callback: Callable[[Any], None]) -> None:
     """Call it in Ray's I/O thread when there is an object or an error behind ``ref``."""
     if hasattr(ref, "_on_completed"):
-        ref._on_completed(callback)  # private, but there since Ray 1.0
+        _ray_gate.call(ref._on_completed, callback)  # private, but there since Ray 1.0
     else:  # Ray Client's
         ref.future().add_done_callback(callback)
 

@@ -14,6 +14,7 @@ import functools
 import gc
 import inspect
 import itertools
+import logging
 import math
 import multiprocessing
 import os
@@ -71,6 +72,7 @@ class Traits:
     can_stop: bool = True  # what runs, with its process
     own_workers: bool = True  # they end with the program, and add nothing to its stderr
     has_files: bool = True  # in which put() keeps what is large
+    shows_stack: bool = True  # of a task that is stopped for its limit, on stderr
     cpus: int | None = None  # of its cluster, which bound n_jobs; None: this machine's, no bound
     once: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Options by which what a lost worker has begun is not run again; none: it never is."""
@@ -90,6 +92,7 @@ TRAITS = {
         fixture="ray_cluster",
         own_workers=False,
         has_files=False,
+        shows_stack=False,
         cpus=4,
         once={"max_retries": 0},
         half={"num_cpus": 0.5},
@@ -749,6 +752,20 @@ def test_types_of_a_client_hold_under_mypy_strict(tmp_path):
     check_with_mypy(tmp_path, "--follow-imports=silent", "client.py")
 
 
+def test_reprs_say_engine_workers_pending_and_running(engine: Backend, tmp_path: Path) -> None:
+    assert re.fullmatch(rf"<{type(engine).__name__}: \d+ workers>", repr(engine))
+    executor = engine.executor(1)
+    running = executor.submit(gated, tmp_path, "a")
+    waiting = [executor.submit(identity, n) for n in range(3)]
+    has_started(tmp_path, "a")
+    until(running.running)
+    assert "max_workers=1, 3 pending, 1 running>" in repr(executor)
+    open_gate(tmp_path)
+    wait([running, *waiting], LONG)
+    executor.shutdown()
+    assert repr(executor).endswith("0 pending, 0 running, closed>")
+
+
 # --- 2 Public surface: the factory and the registry -----------------------------------------------
 
 
@@ -1066,6 +1083,25 @@ def test_shared_object_where_there_is_no_room(
         on_joblib.put(bytes(100_000))
 
 
+def test_closures_over_a_large_object_copy_it_never(engine: Backend) -> None:
+    np = pytest.importorskip("numpy")
+    psutil = pytest.importorskip("psutil")
+    data = engine.put(np.ones(25_000_000))  # 200 MB
+
+    def part(n: int) -> Any:
+        def look() -> tuple[float, bool, int]:
+            memory = psutil.Process().memory_info()
+            return float(data[n]), data.flags.owndata, memory.rss - memory.shared
+
+        return look
+
+    with engine.executor(2) as executor:
+        got = [future.result(LONG) for future in [executor.submit(part(n)) for n in range(100)]]
+    assert {value for value, _, _ in got} == {1.0}
+    assert not any(owns for _, owns, _ in got)
+    assert max(private for _, _, private in got) < 200_000_000
+
+
 # --- 2 Public surface: over, and backends of one's own --------------------------------------------
 
 
@@ -1149,6 +1185,383 @@ def test_own_backend_with_a_bare_executor(kind, registry, tmp_path):
         backend = pb.init_parallel_backend(kind)
         assert type(backend) is cls
         check_own_backend(backend)
+
+
+# --- 2 Futures as arguments ------------------------------------------------------------------------
+
+
+def test_a_chain_and_a_tree_longer_than_there_are_workers(backend: Backend) -> None:
+    with backend.executor(2) as executor:
+        last = executor.submit(int)
+        for _ in range(1000):
+            last = executor.submit(int.__add__, last, 1)
+        leaves = [executor.submit(int) for _ in range(1000)]
+        while len(leaves) > 1:
+            pairs = itertools.zip_longest(leaves[::2], leaves[1::2], fillvalue=1)
+            leaves = [executor.submit(int.__add__, a, b) for a, b in pairs]
+        assert last.result(LONG) == 1000
+        assert isinstance(leaves[0].result(LONG), int)
+        failing = executor.submit(divmod, 1, 0)
+        for _ in range(1000):
+            failing = executor.submit(int.__add__, failing, 1)
+        with pytest.raises(ZeroDivisionError):
+            failing.result(LONG)
+
+
+def test_a_chain_that_waits_for_one_future_ends_as_it_does(backend: Backend) -> None:
+    for how in ("value", "error", "cancel"):
+        first: Future[int] = Future()
+        with backend.executor(2) as executor:
+            last: Future[int] = executor.submit(int.__add__, first, 1)
+            for _ in range(999):
+                last = executor.submit(int.__add__, last, 1)
+            assert not last.done()
+            if how == "value":
+                first.set_result(0)
+                assert last.result(LONG) == 1000
+            elif how == "error":
+                first.set_exception(KeyError(1))
+                assert isinstance(last.exception(LONG), KeyError)
+            else:
+                first.cancel()
+                first.set_running_or_notify_cancel()
+                wait([last], LONG)
+                with pytest.raises(CancelledError, match="a future among its arguments"):
+                    last.result(0)
+
+
+@pytest.mark.parametrize("policy", list(map(Policy, range(4))))
+def test_the_end_while_a_task_waits_for_a_future(backend: Backend, policy: Policy) -> None:
+    """It counts as one that has not started: it runs under NONE and RUNNING, and is cancelled else."""
+    first: Future[int] = Future()
+    executor = backend.executor(1, cancel_futures=policy)
+    waiting = executor.submit(identity, first)
+    executor.shutdown(wait=False)
+    if Policy.PENDING in policy:
+        assert waiting.cancelled()
+        with pytest.raises(CancelledError, match=f"{policy}"):
+            waiting.result(0)
+    first.set_result(7)
+    if Policy.PENDING not in policy:
+        assert waiting.result(LONG) == 7
+    executor.shutdown()
+
+
+def test_a_future_inside_something_is_refused_with_what_to_do(engine: Backend) -> None:
+    with engine.executor(1) as executor:
+        future = executor.submit(identity, 1)
+        with pytest.raises(pickle.PicklingError, match="make it an argument of its own"):
+            executor.submit(identity, [future]).result(LONG)
+
+
+# --- 2 One program, every backend ------------------------------------------------------------------
+
+
+PROGRAM = '''
+"""What a program may do with a backend. It prints the same on each."""
+import functools, os, sys
+from concurrent.futures import CancelledError, Future, as_completed, wait
+
+import parallel_backend as pb
+
+LOADED = None  # filled when a task first needs it
+FROM_SETUP = None
+SCALE = 10
+
+
+def load_once(number):
+    global LOADED
+    first, LOADED = LOADED is None, number
+    return first
+
+
+def set_up(value):
+    global FROM_SETUP, UNHEARD_OF
+    FROM_SETUP = UNHEARD_OF = value
+
+
+def what_was_set(_):
+    return FROM_SETUP, UNHEARD_OF, Model().setting()
+
+
+class Model:
+    def setting(self):
+        return FROM_SETUP
+
+    def fit(self, data, seed=0):
+        return sum(data) + seed
+
+
+class Misfit(Exception):
+    def __init__(self, model, reason):
+        super().__init__(f"{model} does not fit: {reason}")
+        self.reason = reason
+
+
+class OsMisfit(OSError):
+    def __init__(self, path):
+        super().__init__(2, "no such model", path)
+
+
+def misfit(kind):
+    if kind == "own":
+        raise Misfit("line", reason="curved")
+    if kind == "os":
+        raise OsMisfit("/models")
+    if kind == "group":
+        return [Misfit("a", "b"), ValueError(1)]
+    raise ZeroDivisionError(kind)
+
+
+@functools.lru_cache(maxsize=100)
+def fibonacci(n):
+    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)
+
+
+def add(*numbers, **named):
+    return sum(numbers) + sum(named.values())
+
+
+def scaled(x):
+    return SCALE * x
+
+
+def say(*what):
+    print(*what, flush=True)
+
+
+def attempt(what, *args, **kwargs):
+    try:
+        say(what.__name__, "->", what(*args, **kwargs))
+    except BaseException as error:
+        say(what.__name__, "raises", type(error).__name__, str(error).partition(";")[0])
+
+
+def main(name):
+    global SCALE
+    backend = pb.init_parallel_backend(name)
+
+    # put and get
+    data = backend.put([1, 2, 3] * 30_000)
+    say("get", len(backend.get(data)), backend.get([1, (2, "x")]), backend.get([data, (data,)])[1][0][:3])
+    with backend.executor(2) as executor:
+        say("argument", executor.submit(len, data).result(), executor.submit(add, len=3).result())
+        say("keyword", executor.submit(Model().fit, data=data, seed=1).result())
+        say("partial", executor.submit(functools.partial(len, data)).result())
+        say("closure", executor.submit(lambda: len(data)).result())
+        say("in a list", executor.submit(lambda parts: [len(p) for p in parts], [data, data]).result())
+        say("map's function", list(executor.map(functools.partial(Model().fit, data), range(3))))
+        say("map's items", list(executor.map(len, [data] * 3)))
+        inside = backend.put({"data": data})
+        say("inside another", executor.submit(lambda box: len(box["data"]), inside).result())
+
+    # wrap, futures as arguments
+    plus = backend.wrap(add)
+    tree = [plus(n, 1) for n in range(8)]
+    while len(tree) > 1:
+        tree = [plus(a, b) for a, b in zip(tree[::2], tree[1::2])]
+    say("tree", backend.get(tree), isinstance(tree[0], Future), tree[0].done())
+    say("as_completed", sorted(f.result() for f in as_completed([plus(n) for n in range(5)])))
+    done, not_done = backend.wait([plus(1), plus(2), plus(3)], num_returns=3)
+    say("wait", backend.get(done), not_done, backend.wait([]))
+    failing = backend.wrap(misfit)("own")
+    attempt(backend.get, failing)
+    attempt(plus(failing, 1).result)
+    with backend.executor(1) as executor:
+        chain = executor.submit(add, 0)
+        for _ in range(50):
+            chain = executor.submit(add, chain, 1)
+        say("chain", chain.result())
+        say("of another", executor.submit(add, tree[0], plus(1), n=plus(2)).result())
+        ended = Future()
+        waiting = executor.submit(add, ended, 1)
+        say("waits", waiting.done(), waiting.running())
+        ended.set_result(5)
+        say("then", waiting.result())
+        never = Future()
+        waiting = executor.submit(add, never, 1)
+        never.cancel()
+        never.set_running_or_notify_cancel()
+        wait([waiting])
+        attempt(waiting.result)
+        never = executor.submit(add, Future(), 1)
+        say("cancelled", never.cancel(), never.cancelled())
+        attempt(never.result)
+        left = executor.submit(add, Future(), 1)
+    say("left", left.cancelled())
+    attempt(left.result)
+
+    # state
+    with backend.executor(1) as executor:
+        say("loaded once", [executor.submit(load_once, n).result() for n in range(4)])
+        say("lru_cache", executor.submit(fibonacci, 90).result(), list(executor.map(fibonacci, range(9))))
+        SCALE = 10
+        say("global", executor.submit(scaled, 1).result())
+        SCALE = 20
+        say("changed", executor.submit(scaled, 1).result(), list(executor.map(scaled, [1, 2])))
+    with backend.executor(2, initializer=set_up, initargs=("set up",)) as executor:
+        say("initializer", list(executor.map(what_was_set, range(3), chunksize=1)))
+    with backend.executor(1, initializer=misfit, initargs=("own",)) as executor:
+        try:
+            error = executor.submit(add, 1).exception()  # told of it, or it comes too late
+        except Exception as raised:
+            error = raised
+        say("broken", type(error).__name__, error, repr(error.__cause__))
+        attempt(executor.submit, add, 1)
+
+    # map
+    with backend.executor(2) as executor:
+        say("map", list(executor.map(pow, range(9), [2] * 9)), list(executor.map(add, [])))
+        endless = executor.map(scaled, iter(int, 1), buffersize=10)
+        say("buffersize", [next(endless) for _ in range(30)] == [0] * 30)
+        endless.close()
+        say("unordered", sorted(executor.map(scaled, range(100), ordered=False)) == [20 * n for n in range(100)])
+        results = executor.map(divmod, [3, 2, 1], [1, 1, 0])
+        say("before", next(results), next(results))
+        attempt(next, results)
+        attempt(executor.map, add, [1], chunksize=0)
+    attempt(executor.submit, add)
+    attempt(list, executor.map(add, []))
+
+    # failure
+    with backend.executor(2) as executor:
+        for kind in ("own", "os", "plain"):
+            error = executor.submit(misfit, kind).exception()
+            say(type(error).__name__, error, error.args, sorted(vars(error).items()), getattr(error, "filename", None))
+        errors = executor.submit(misfit, "group").result()
+        say("errors as results", errors, errors[0].reason)
+        attempt(executor.submit(sys.exit, 3).result)
+        told = []
+        future = executor.submit(add, 1)
+        future.add_done_callback(lambda f: told.append(f.result()))
+        wait([future])
+        executor.submit(add).result()
+        say("callback", told)
+
+    # options, bad input
+    with backend.executor(1, num_cpus=1, max_retries=0, task_timeout=60, max_tasks_per_child=2) as executor:
+        say("options", [executor.submit(add, n).result() for n in range(5)])
+    say("wrap's options", backend.get(backend.wrap(add, num_cpus=1)(1, 2)))
+    attempt(backend.executor, num_cpuss=1)
+    attempt(backend.wrap, add, num_cpuss=1)
+    attempt(backend.executor, n_jobs=2)
+    attempt(backend.executor, 0)
+    attempt(backend.executor, "2")
+    attempt(backend.executor, cancel_futures=1)
+    attempt(backend.executor, initializer=1)
+    attempt(backend.executor, task_timeout=0)
+    attempt(backend.executor, task_timeout="1")
+    attempt(backend.executor, max_tasks_per_child=0)
+    attempt(backend.executor, mp_context=1)
+    attempt(backend.effective_n_jobs, 0)
+    say("n_jobs", backend.effective_n_jobs(1), backend.effective_n_jobs(-1000))
+    with backend.executor(1, cancel_futures=pb.CancellationPolicy.NONE) as executor:
+        last = executor.submit(add, 4)
+    say("after the block", last.result())
+    executor = backend.executor(1)
+    executor.submit(add, 1).result()
+    executor.kill_workers()
+    attempt(executor.submit, add, 1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+'''
+
+
+def printed(name: str, tmp_path: Path) -> list[str]:
+    """What the program prints on that backend, a line each."""
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    env = {**os.environ, "PYTHONPATH": str(HERE), **(ray_address() if name == "ray" else {})}
+    done = subprocess.run(
+        [sys.executable, str(script), name],
+        check=False,
+        env=env,
+        timeout=120,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_one_program_prints_the_same_on_every_backend(engine: Backend, tmp_path: Path) -> None:
+    assert printed(name_of(engine), tmp_path) == printed("sequential", tmp_path)
+
+
+NOTEBOOK = [
+    """
+import parallel_backend as pb
+from concurrent.futures import as_completed
+backend = pb.init_parallel_backend(NAME)
+def double(x):
+    return FACTOR * x
+FACTOR = 2
+executor = backend.executor(2)
+print(list(executor.map(double, range(4))))
+""",
+    "FACTOR = 10; print(list(executor.map(double, range(4))))",
+    "def double(x):\n    return -x\nprint(executor.submit(double, 1).result())",
+    "print('from here'); executor.submit(print, 'from a worker').result()",
+    "def fails(x):\n    y = x\n    return y / 0  # here\nexecutor.submit(fails, 1).result()",
+    """
+from tqdm import tqdm
+tasks = [executor.submit(double, n) for n in range(5)]
+print(sorted(f.result() for f in tqdm(as_completed(tasks), total=5)))
+""",
+    """
+import signal, threading, time
+main = threading.main_thread().ident
+threading.Timer(1, signal.pthread_kill, [main, signal.SIGINT]).start()
+slow = executor.submit(time.sleep, 600 if NAME != "sequential" else 5)
+slow.result()
+""",
+    "executor.shutdown(cancel_futures=pb.CancellationPolicy.ALL); print('shut down')",
+]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_notebook(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    backend_named(name, request)
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    psutil = pytest.importorskip("psutil")
+    cells = [
+        nbformat.v4.new_code_cell(f"NAME = {name!r}"),
+        *map(nbformat.v4.new_code_cell, NOTEBOOK),
+    ]
+    book = nbformat.v4.new_notebook(cells=cells)
+    client = nbclient.NotebookClient(book, timeout=60, kernel_name="python3", allow_errors=True)
+    env = {**os.environ, "PYTHONPATH": str(HERE), **ray_address()}
+    with client.setup_kernel(env=env, cwd=str(tmp_path)):
+        started = psutil.Process(client.km.provisioner.pid)
+        for number, cell in enumerate(cells):
+            client.execute_cell(cell, number)
+        children = started.children(recursive=True)
+    outputs = [
+        "".join(o.get("text", "") for o in cell.outputs if o.get("name") == "stdout")
+        for cell in cells
+    ]
+    errors = {
+        number: out
+        for number, cell in enumerate(cells)
+        for out in cell.outputs
+        if out.output_type == "error"
+    }
+    assert "[0, 2, 4, 6]" in outputs[1] and "[0, 10, 20, 30]" in outputs[2] and "-1" in outputs[3]
+    assert (
+        "from here" in outputs[4]
+        and "[-4, -3, -2, -1, 0]" in outputs[6]
+        and "shut down" in outputs[8]
+    )
+    assert {number: error.ename for number, error in errors.items()} == {
+        5: "ZeroDivisionError",
+        7: "KeyboardInterrupt",
+    }
+    shown = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(errors[5].traceback))
+    assert "return y / 0  # here" in shown
+    until(lambda: not any(child.is_running() and child.status() != "zombie" for child in children))
 
 
 # --- 2 Public surface: deprecated -----------------------------------------------------------------
@@ -2056,6 +2469,23 @@ def test_a_worker_that_has_left_its_group_is_stopped_all_the_same(
     until(lambda: not is_alive(pid), 2)
 
 
+@pytest.mark.parametrize("name", ["kill_workers", "terminate_workers"])
+def test_workers_can_be_killed(engine: Backend, name: str, tmp_path: Path) -> None:
+    executor = engine.executor(2)
+    tasks = [executor.submit(loop_in_c, tmp_path, n) for n in "ab"]
+    pids = [has_started(tmp_path, n) for n in "ab"]
+    waiting = [executor.submit(identity, n) for n in range(100)]
+    until(lambda: all(task.running() for task in tasks))
+    getattr(executor, name)()
+    for task in tasks:
+        assert isinstance(task.exception(LONG), BrokenProcessPool)
+    assert all(future.cancelled() for future in waiting)
+    until(lambda: not any(map(is_alive, pids)), 5)
+    with pytest.raises(RuntimeError):
+        executor.submit(identity, 1)
+    executor.shutdown()
+
+
 # --- 3.3 Failure ----------------------------------------------------------------------------------
 
 
@@ -2383,6 +2813,39 @@ def test_ray_node_removed_while_40_tasks_run(tmp_path: Path) -> None:
     assert "ok\n" in done.stdout, done.stdout + done.stderr
 
 
+def test_a_traceback_shows_the_line_of_main_that_failed(engine: Backend, tmp_path: Path) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys, traceback, parallel_backend as pb
+            def outer(x):
+                return inner(x)  # the outer line
+            def inner(x):
+                return 1 / x  # the inner line
+            with pb.init_parallel_backend(sys.argv[1]).executor(1) as executor:
+                for future in (executor.submit(outer, 0), executor.submit(lambda: inner(0))):
+                    print(future.exception(60).__cause__)
+                try:
+                    list(executor.map(inner, [1, 0]))
+                except ZeroDivisionError as error:
+                    print(error.__cause__)
+            """
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), name_of(engine)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(HERE), **ray_address()},
+    )
+    assert done.stdout.count(f'File "{script}", line 6, in inner') == 3, done.stderr
+    assert done.stdout.count("return 1 / x  # the inner line") == 3
+    assert done.stdout.count("return inner(x)  # the outer line") == 1
+
+
 # --- 3.4 Arguments --------------------------------------------------------------------------------
 
 
@@ -2457,6 +2920,37 @@ def test_functions_of_main_go(engine: Backend) -> None:
     """
     done = run_script(code, name_of(engine), env=ray_address())
     assert done.stdout == "ok\n", done.stderr
+
+
+@pytest.mark.parametrize("kind", ["global", "closure", "argument", "attribute", "partial"])
+def test_what_cannot_be_sent_is_named(engine: Backend, kind: str) -> None:
+    lock = threading.Lock()
+    box = types.SimpleNamespace(lock=lock)
+    code = "lock = None\ndef use(): return lock"
+    space: dict[str, Any] = {"__name__": "__main__"}
+    exec(code, space)  # noqa: S102
+    space["lock"] = lock
+    calls: dict[str, Any] = {
+        "global": (space["use"],),
+        "closure": (lambda: lock,),
+        "argument": (identity, [1, lock]),
+        "attribute": (identity, {"box": box}),
+        "partial": (functools.partial(identity, lock),),
+    }
+    where = {
+        "global": "the global 'lock' of use",
+        "closure": "the variable 'lock' of .*<lambda>",
+        "argument": "item 2 of argument 1 of identity",
+        "attribute": r"the attribute 'lock' of \['box'\] of argument 1 of identity",
+        "partial": "item 1 of ",
+    }[kind]
+    with engine.executor(1) as executor:
+        for future in (
+            executor.submit(*calls[kind]),
+            engine.wrap(calls[kind][0])(*calls[kind][1:]),
+        ):
+            with pytest.raises(pickle.PicklingError, match=f"{where}"):
+                future.result(LONG)
 
 
 # --- 3.5 map --------------------------------------------------------------------------------------
@@ -2591,6 +3085,21 @@ def test_long_items_in_one_chunk_are_spread(parallel: Backend) -> None:
         started = time.monotonic()
         list(executor.map(time.sleep, seconds))
         assert time.monotonic() - started < 8 * 0.2 + 0.4, "one worker has run them all"
+
+
+def test_unordered_results_come_as_they_are_done(engine: Backend, tmp_path: Path) -> None:
+    def wait_for(n: int) -> int:
+        if n == 0:
+            gated(tmp_path, "first")
+        return n
+
+    with engine.executor(2) as executor:
+        results = executor.map(wait_for, range(5), chunksize=1, ordered=False)
+        assert sorted(next(results) for _ in range(4)) == [1, 2, 3, 4]
+        open_gate(tmp_path)
+        assert list(results) == [0]
+        endless = executor.map(identity, itertools.count(), buffersize=8, ordered=False)
+        assert sorted(next(endless) for _ in range(100)) == pytest.approx(range(100), abs=16)
 
 
 # --- 3.6 End --------------------------------------------------------------------------------------
@@ -3092,6 +3601,239 @@ def test_idle_workers_end(on_joblib: Backend, monkeypatch: Any) -> None:
         until(lambda: not any(map(is_alive, pids)))
         assert not pids_of(executor) & pids
     until(lambda: not pb._starter.kept)
+
+
+# --- 3.8 Time limits -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", [sleep_for_long, loop_in_c])
+def test_a_task_over_its_limit_is_stopped_and_no_other(
+    engine: Backend, task: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with engine.executor(2, task_timeout=0.5, cancel_futures=Policy.NONE) as executor:
+        futures = [executor.submit(identity, n) for n in range(20)]
+        late = executor.submit(task, tmp_path, "late")
+        futures += [executor.submit(identity, n) for n in range(20, 40)]
+        with pytest.raises(TimeoutError, match=rf"{task.__name__} took longer than .* 0.5 seconds"):
+            late.result(LONG)
+        pid = has_started(tmp_path, "late")
+        until(lambda: not is_alive(pid), 5)
+        assert [future.result(LONG) for future in futures] == list(range(40))
+        assert not late.cancelled() and late in wait([late], 0).done
+    if traits_of(engine).shows_stack:
+        until(lambda: f"in {task.__name__}" in capfd.readouterr().err)
+
+
+def test_twenty_of_a_thousand_over_the_limit(engine: Backend) -> None:
+    def task(n: int) -> int:
+        if n % 50 == 25:
+            time.sleep(600)
+        return n
+
+    with engine.executor(2, task_timeout=0.3) as executor:
+        futures = [executor.submit(task, n) for n in range(1000)]
+        for n, future in enumerate(futures):
+            if n % 50 == 25:
+                assert isinstance(future.exception(LONG), TimeoutError)
+            else:
+                assert future.result(LONG) == n
+
+
+def test_the_limit_is_an_items_and_not_the_maps(engine: Backend) -> None:
+    def task(n: int) -> int:
+        time.sleep(600 if n == 5 else 0.2)
+        return n
+
+    for chunksize in (None, 4):
+        with engine.executor(2, task_timeout=1) as executor:
+            results = executor.map(task, range(12), chunksize=chunksize)
+            assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
+            with pytest.raises(TimeoutError, match="task took longer"):
+                next(results)
+
+
+def test_waiting_does_not_count_against_the_limit(engine: Backend, tmp_path: Path) -> None:
+    first: Future[int] = Future()
+    with engine.executor(1, task_timeout=1) as executor:
+        waiting = executor.submit(identity, first)
+        behind = [executor.submit(time.sleep, 0.4) for _ in range(5)]
+        wait(behind, LONG)
+        first.set_result(3)
+        assert waiting.result(LONG) == 3
+        assert [future.exception(0) for future in behind] == [None] * 5
+
+
+def test_a_limit_is_kept_while_a_callback_blocks(engine: Backend, tmp_path: Path) -> None:
+    with engine.executor(2, task_timeout=0.5, cancel_futures=Policy.NONE) as executor:
+        entered = threading.Event()
+
+        def block(_: object) -> None:
+            entered.set()
+            until((tmp_path / "gate").exists)
+
+        late = executor.submit(sleep_for_long, tmp_path, "late")
+        pid = has_started(tmp_path, "late")
+        executor.submit(identity, 1).add_done_callback(block)
+        assert entered.wait(LONG)
+        until(lambda: not is_alive(pid))
+        open_gate(tmp_path)
+        assert isinstance(late.exception(LONG), TimeoutError)
+
+
+def test_an_idle_executor_with_a_limit_sleeps(engine: Backend) -> None:
+    with engine.executor(1, task_timeout=0.01) as executor:
+        with contextlib.suppress(TimeoutError):
+            executor.submit(identity, 1).result(LONG)
+        until(lambda: executor._core.is_unwatched)
+
+
+# --- 3.9 Workers' set-up ---------------------------------------------------------------------------
+
+
+def test_an_initializer_runs_once_in_each_worker(engine: Backend, tmp_path: Path) -> None:
+    def note(folder: Path, *, suffix: str = "") -> None:
+        (folder / f"{os.getpid()}{suffix}").touch(exist_ok=False)
+
+    with engine.executor(
+        2, initializer=functools.partial(note, suffix=".up"), initargs=(tmp_path,)
+    ) as executor:
+        assert list(executor.map(identity, range(50), chunksize=1)) == list(range(50))
+        pids = {executor.submit(os.getpid).result(LONG) for _ in range(10)}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {f"{pid}.up" for pid in pids} <= names
+    assert len(names) <= 4  # Ray may start some more
+
+
+STATE = """
+import sys
+import parallel_backend as pb
+
+MODEL, CONFIG, LATER = None, {"a": 1}, "as sent"
+
+class Reader:
+    def read(self):
+        return MODEL
+
+def helper():
+    global MODEL
+    MODEL = "made by a helper"
+
+def set_up(value):
+    global ONLY_THERE, LATER
+    helper()
+    ONLY_THERE = value
+    CONFIG["b"] = 2
+    LATER = "set up"
+
+def look():
+    return MODEL, CONFIG, ONLY_THERE, LATER, Reader().read()
+
+def main(name):
+    global LATER
+    backend = pb.init_parallel_backend(name)
+    closure = (lambda n: lambda: (n, MODEL))(1)
+    with backend.executor(1, initializer=set_up, initargs=(5,)) as executor:
+        print(executor.submit(look).result())
+        print(executor.submit(closure).result(), executor.submit(Reader().read).result())
+        LATER = "changed since"
+        print(executor.submit(look).result())
+    with backend.executor(1) as executor:
+        print(executor.submit(lambda: (MODEL, CONFIG, "ONLY_THERE" in globals())).result())
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+"""
+
+
+def test_tasks_of_main_see_what_an_initializer_of_main_has_set(
+    engine: Backend, tmp_path: Path
+) -> None:
+    script = tmp_path / "state.py"
+    script.write_text(STATE)
+    done = subprocess.run(
+        [sys.executable, str(script), name_of(engine)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(HERE), **ray_address()},
+    )
+    made = "made by a helper"
+    seen = (made, {"a": 1, "b": 2}, 5, "set up", made)
+    assert done.stdout.splitlines() == [
+        str(seen),
+        f"{(1, made)} {made}",
+        str((*seen[:3], "changed since", made)),
+        str((None, {"a": 1}, False)),
+    ], done.stderr
+
+
+@pytest.mark.parametrize("how", ["raises", "exits", "dies"])
+def test_an_initializer_that_fails_breaks_the_executor(
+    engine: Backend, how: str, tmp_path: Path
+) -> None:
+    if how == "dies" and traits_of(engine).once:
+        pytest.skip("Ray retries it")
+
+    def fail() -> None:
+        if how == "dies":
+            os._exit(3)
+        raise (KeyError("no model") if how == "raises" else SystemExit(3))
+
+    first: Future[int] = Future()
+    with engine.executor(2, initializer=fail) as executor:
+        futures = []
+        with contextlib.suppress(BrokenProcessPool):  # that was fast
+            futures.append(executor.submit(identity, first))
+            futures += [executor.submit(identity, n) for n in range(10)]
+        for future in futures[1:]:
+            error = future.exception(LONG)
+            assert isinstance(error, BrokenProcessPool) and "initializer" in str(error)
+            if how == "raises":
+                assert isinstance(error.__cause__, KeyError)
+                assert "in fail" in str(error.__cause__.__cause__)
+        assert not futures or isinstance(futures[0].exception(LONG), BrokenProcessPool)
+        with pytest.raises(BrokenProcessPool, match="initializer"):
+            executor.submit(identity, 1)
+        with pytest.raises(BrokenProcessPool, match="initializer"):
+            executor.map(identity, [1])
+
+
+def test_an_initializer_leaves_nothing_to_the_next_executor(engine: Backend) -> None:
+    def leave() -> None:
+        os.environ["LEFT_BEHIND"] = "1"
+        import parallel_backend_left_behind  # type: ignore[import-not-found]  # noqa: F401
+
+    def leave_a_module() -> None:
+        sys.modules["parallel_backend_left_behind"] = types.ModuleType("left")
+
+    with engine.executor(1, initializer=leave_a_module) as executor:
+        assert executor.submit(lambda: "parallel_backend_left_behind" in sys.modules).result(LONG)
+    with engine.executor(1) as executor:
+        assert not executor.submit(lambda: "parallel_backend_left_behind" in sys.modules).result(
+            LONG
+        )
+
+
+def test_handles_in_an_initializers_arguments(engine: Backend) -> None:
+    data = engine.put(list(range(100_000)))
+
+    def keep(numbers: list[int]) -> None:
+        sys.modules["parallel_backend_kept"] = numbers  # type: ignore[assignment]
+
+    with engine.executor(1, initializer=keep, initargs=(data,)) as executor:
+        del data
+        gc.collect()
+        total = executor.submit(lambda: len(sys.modules["parallel_backend_kept"]))  # type: ignore[arg-type]
+        assert total.result(LONG) == 100_000
+
+
+def test_a_worker_is_replaced_after_so_many_tasks(engine: Backend) -> None:
+    with engine.executor(1, max_tasks_per_child=3) as executor:
+        pids = [future.result(LONG) for future in [executor.submit(os.getpid) for _ in range(9)]]
+        assert max(pids.count(pid) for pid in pids) <= 3
+        chunks = list(executor.map(lambda _: os.getpid(), range(8), chunksize=2))
+        assert max(chunks.count(pid) for pid in chunks) <= 6
 
 
 # --- 3.10 Places ----------------------------------------------------------------------------------
@@ -3669,6 +4411,15 @@ def test_ray_request_that_no_node_can_meet(on_ray: Backend) -> None:
     assert time.monotonic() - started < 5 and all(future.cancelled() for future in futures)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("loky", "'joblib'"), ("multiprocessing", "'joblib'"), ("threading", "over")],
+)
+def test_joblibs_names_point_to_ours(name: str, meant: str) -> None:
+    with pytest.raises(NotImplementedError, match=meant):
+        pb.init_parallel_backend(name)
+
+
 # --- 5 The core -----------------------------------------------------------------------------------
 
 
@@ -4241,6 +4992,7 @@ RAY_SHUT_DOWN = """
 """
 RAY_RESTARTED = """
     import sys, time, ray
+    from concurrent.futures import Future
     import parallel_backend as pb
     backend = pb.init_parallel_backend("ray")
     executor = backend.executor(1, cancel_futures=pb.CancellationPolicy.NONE)
@@ -4249,12 +5001,19 @@ RAY_RESTARTED = """
     short = backend.executor()
     futures += [short.submit(int) for _ in range(1000)]
     ray.shutdown()
-    short.submit(int).exception(30)
-    futures += [executor.submit(int)]
+    def told(executor):
+        try:
+            return executor.submit(int)
+        except Exception as error:  # it knows already
+            future = Future()
+            future.set_exception(error)
+            return future
+    told(short).exception(30)
+    futures += [told(executor)]
     errors = {type(future.exception(30)) for future in futures} - {type(None)}
     print(*[error.__name__ for error in errors], ray.is_initialized())
     backend = pb.init_parallel_backend("ray")
-    print(type(idle.submit(int).exception(30)).__name__)
+    print(type(told(idle).exception(30)).__name__)
     with backend.executor(1) as fresh:
         print(fresh.submit(pow, 2, 3).result(30))
 """
@@ -4271,6 +5030,67 @@ RAY_RESTARTED = """
 def test_executor_ends_with_its_ray_session(on_ray: Backend, code: str, said: str) -> None:
     done = run_script(code, env=ray_address())
     assert done.stdout == said, done.stderr
+
+
+def test_a_raw_reference_of_rays_goes_into_a_task(ray_cluster: Any, tmp_path: Path) -> None:
+    ray = ray_cluster
+    backend = pb.init_parallel_backend("ray")
+    remote = ray.remote(gated).remote(tmp_path, "late", [1, 2])
+    with backend.executor(1) as executor:
+        waiting = executor.submit(len, remote)
+        assert executor.submit(len, ray.put("abc")).result(LONG) == 3, "it takes no place before"
+        assert not waiting.done() and not waiting.running()
+        open_gate(tmp_path)
+        assert waiting.result(LONG) == 2
+        # Inside something else it stays what it is, as in a task of Ray's own.
+        inside = executor.submit(lambda refs: (type(refs[0]).__name__, ray.get(refs[0])), [remote])
+        assert inside.result(LONG) == ("ObjectRef", [1, 2])
+        assert list(executor.map(len, [ray.put("a"), ray.put("ab")])) == [1, 2]
+
+
+def test_what_ray_holds_goes_on_by_reference_and_is_freed(ray_cluster: Any) -> None:
+    ray = ray_cluster
+    backend = pb.init_parallel_backend("ray")
+    handle = backend.put(bytes(1 << 20))
+    future = backend.wrap(bytes)(1 << 20)
+    wait([future], LONG)
+    refs = [handle.ref, future.ref]  # type: ignore[attr-defined]
+    assert [len(value) for value in ray.get(refs)] == [1 << 20] * 2, "usable with Ray itself"
+    with backend.executor(1) as executor:
+        size = executor.submit(lambda box, more: len(box[0]) + len(more), [handle], future)
+        assert size.result(LONG) == 2 << 20
+
+    names = {ref.hex() for ref in refs}
+    del handle, future, size, refs
+    counts = ray._private.worker.global_worker.core_worker.get_all_reference_counts
+    until(lambda: not names & {name.decode() for name in counts()})
+
+
+def test_a_task_for_a_gpu_waits_where_there_is_none(
+    ray_cluster: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = pb.init_parallel_backend("ray")
+    with (
+        caplog.at_level(logging.WARNING, "parallel_backend"),
+        backend.executor(2, num_gpus=1) as executor,
+    ):
+        task = executor.submit(int)
+        assert executor.submit(int).cancel()
+        assert not task.running()
+    assert task.cancelled()
+    assert "GPU" in caplog.text
+
+
+def test_a_crash_within_the_limit_is_retried_by_ray(ray_cluster: Any, tmp_path: Path) -> None:
+    def crash_once() -> str:
+        try:
+            (tmp_path / "crashed").touch(exist_ok=False)
+        except FileExistsError:
+            return "second"
+        os._exit(1)
+
+    with pb.init_parallel_backend("ray").executor(1, task_timeout=20) as executor:
+        assert executor.submit(crash_once).result(LONG) == "second"
 
 
 # --- 6 CPUs ---------------------------------------------------------------------------------------
