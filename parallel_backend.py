@@ -675,7 +675,11 @@ class ParallelBackend(abc.ABC):
         return {}
 
     def _executor_for_wrap(self, options: dict[str, Any]) -> Executor:
-        return self.executor(cancel_futures=CancellationPolicy.NONE)
+        executor: Executor = self.executor(cancel_futures=CancellationPolicy.NONE)
+        if not isinstance(executor, ParallelExecutor):  # a bare one waits for no arguments
+            workers = getattr(executor, "_max_workers", None) or self.effective_n_jobs()
+            executor = self.over(executor, workers, cancel_futures=CancellationPolicy.NONE)
+        return executor
 
     def wait(
         self, v: Sequence[Any], *, num_returns: int = 1, timeout: float | None = None
@@ -2836,7 +2840,10 @@ class _OverEngine(_Engine):
 
     def close(self) -> None:
         self.closing = True
-        self.executor.shutdown(wait=False)
+        try:
+            self.executor.shutdown(wait=False)
+        except Exception:  # a dask client that was closed before, say
+            _log.warning("Could not shut down %r", self.executor, exc_info=True)
         self.feed()
         if not self.inside():
             self.thread.join(0.2)  # unless it is in a callback, say

@@ -633,10 +633,10 @@ def test_readme_block_runs(block: str) -> None:
 
 
 def test_readme_is_short_and_complete() -> None:
-    assert README.count("\n") < 300
+    assert README.count("\n") < 350
     titles = """
-        Two commands, A real workload, Choosing a backend, Cancellation, Big objects,
-        Chunks and streams, Counting CPUs, When things go wrong, Deprecating with it,
+        Two commands, Why not …, Coming from, How a task goes, Choosing a backend,
+        Cancellation, Limits and set-up, Big objects, Chunks and streams, Counting CPUs, When things go wrong, Deprecating with it,
         Your own backend, Where it runs, Vendoring, Measured against its peers, Versions
     """
     assert re.findall(r"^## (.*)", README, re.MULTILINE) == re.split(r",\s+", titles.strip())
@@ -678,12 +678,15 @@ def test_self_test_fails_if_a_backend_does(capsys: Any, monkeypatch: Any) -> Non
 # --- 2 Public surface -----------------------------------------------------------------------------
 
 
-def test_readme_workload_gives_the_same_everywhere(on_joblib: Backend, on_ray: Backend) -> None:
+@pytest.mark.parametrize("title", ["parallel_backend", "Coming from"])
+def test_readme_programs_print_the_same_everywhere(
+    on_joblib: Backend, on_ray: Backend, title: str
+) -> None:
     """Moved from one backend to the other by the environment variable alone."""
-    workload = next(block for block in BLOCKS if "contributions" in block)
-    assert sum(1 for line in workload.splitlines() if line) < 20
+    after = README[README.index(f"# {title}\n") :]
+    program = re.findall(r"```python\n(.*?)```", after, re.DOTALL)[0]
     answers = {
-        name: run_script(workload, env={"PARALLEL_BACKEND": name, **ray_address()})
+        name: run_script(program, env={"PARALLEL_BACKEND": name, **ray_address()})
         for name in BUILT_IN
     }
     for name, done in answers.items():
@@ -691,7 +694,8 @@ def test_readme_workload_gives_the_same_everywhere(on_joblib: Backend, on_ray: B
 
 
 TYPED_CLIENT = """
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import parallel_backend as pb
 from typing_extensions import assert_type
@@ -704,14 +708,21 @@ def f(x: int) -> int:
 backend = pb.init_parallel_backend("sequential")
 assert_type(backend, pb.ParallelBackend)
 with backend.executor(2, cancel_futures=pb.CancellationPolicy.ALL) as executor:
-    assert_type(executor, Executor)
+    assert_type(executor, pb.ParallelExecutor)
     future = executor.submit(f, 1)
     assert_type(future, Future[int])
     assert_type(future.result(), int)
-    assert_type(list(executor.map(f, [1, 2])), list[int])
+    assert_type(list(executor.map(f, [1, 2], buffersize=8, ordered=False)), list[int])
+    executor.shutdown(cancel_futures=pb.CancellationPolicy.ALL)
+backend.executor(initializer=f, initargs=(1,), max_tasks_per_child=2, task_timeout=0.5)
+backend.executor(num_cpus=0.5, resources={"gadget": 1}, retry_exceptions=[ValueError])
+backend.executor(num_cpuss=1)  # type: ignore[call-arg]
+backend.wrap(f, num_cpus="1")  # type: ignore[arg-type]
+h: pb.Handle[int] | None = None
 assert_type(backend.get(future), int)
 assert_type(backend.get([future]), list[int])
 started = backend.wrap(f, num_cpus=1)(1)
+assert_type(started, Future[int])
 assert_type(backend.get(started), int)
 assert_type(backend.get([started]), list[int])
 assert_type(backend.get((started, started)), tuple[int, ...])
@@ -731,10 +742,10 @@ class Mine(pb.ParallelBackend, backend_name="mine"):
         cls,
         max_workers: int | None = None,
         *,
-        config: pb.ParallelConfig | None = None,
         cancel_futures: pb.CancellationPolicy | bool = pb.CancellationPolicy.PENDING,
-    ) -> Executor:
-        raise NotImplementedError
+        **options: Any,
+    ) -> pb.ParallelExecutor:
+        return cls.over(ThreadPoolExecutor(2), cancel_futures=cancel_futures)
 
 
 @pb.deprecated(True, args_mapping={"old": "new"}, deprecated_in="1", remove_in="2")
@@ -1257,7 +1268,7 @@ def test_a_future_inside_something_is_refused_with_what_to_do(engine: Backend) -
 # --- 2 One program, every backend ------------------------------------------------------------------
 
 
-PROGRAM = '''
+ONE_PROGRAM = '''
 """What a program may do with a backend. It prints the same on each."""
 import functools, os, sys
 from concurrent.futures import CancelledError, Future, as_completed, wait
@@ -1472,7 +1483,7 @@ if __name__ == "__main__":
 def printed(name: str, tmp_path: Path) -> list[str]:
     """What the program prints on that backend, a line each."""
     script = tmp_path / "program.py"
-    script.write_text(PROGRAM)
+    script.write_text(ONE_PROGRAM)
     env = {**os.environ, "PYTHONPATH": str(HERE), **(ray_address() if name == "ray" else {})}
     done = subprocess.run(
         [sys.executable, str(script), name],
