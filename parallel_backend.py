@@ -1546,13 +1546,14 @@ class _Core:
         """As :meth:`ParallelExecutor.kill_workers` says."""
         from concurrent.futures.process import BrokenProcessPool
 
-        self.shutdown(False, CancellationPolicy.PENDING)
         with _lock:
             lent = [work for work in self.works if work.place is _LENT]
             for work in lent:
-                work.verdict = BrokenProcessPool(
-                    f"{what}() was called while {_name(work.call)} ran"
-                )
+                said = f"{what}() was called while {_name(work.call)} ran"
+                work.verdict = BrokenProcessPool(said)
+        for work in [work for work in lent if self.engine.running(work)]:
+            self.engine.stop(work)
+        self.shutdown(False, CancellationPolicy.PENDING)
         for work in lent:
             self.engine.stop(work)
         self.settle()

@@ -14,6 +14,7 @@ import functools
 import gc
 import inspect
 import itertools
+import json
 import logging
 import math
 import multiprocessing
@@ -5102,6 +5103,109 @@ def test_a_crash_within_the_limit_is_retried_by_ray(ray_cluster: Any, tmp_path: 
 
     with pb.init_parallel_backend("ray").executor(1, task_timeout=20) as executor:
         assert executor.submit(crash_once).result(LONG) == "second"
+
+
+GROWING = """
+    import json, os, sys, tempfile, time
+    import ray, parallel_backend as pb
+
+    address, kind, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    options = {"num_cpus": 0, "resources": {"gadget": 1}} if kind == "gadget" else {}
+    ray.init(address, logging_level="error", log_to_driver=False)
+    task = ray.remote(lambda seconds: time.sleep(seconds))
+    started = time.monotonic()
+    if kind == "raw":
+        ray.get([task.remote(2) for _ in range(count)])
+    else:
+        workers = {"ours": count, "unbounded": None, "gadget": 2}[kind]
+        with pb.init_parallel_backend("ray").executor(workers, **options) as executor:
+            pb.init_parallel_backend("ray").get([executor.submit(time.sleep, 2) for _ in range(count)])
+            widest = executor._max_workers
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    print(json.dumps([time.monotonic() - started, nodes, widest if kind != "raw" else None]))
+"""
+
+
+@contextlib.contextmanager
+def growing_cluster(folder: Path, head_cpus: int, resources: dict[str, float]) -> Iterator[str]:
+    """A head, and up to four nodes more when there is work for them; Ray's own autoscaler."""
+    psutil = pytest.importorskip("psutil")
+    kind = {"node_config": {}, "resources": resources, "min_workers": 0, "max_workers": 4}
+    head = {"node_config": {}, "resources": {"CPU": head_cpus}, "max_workers": 0}
+    lists = """initialization_commands setup_commands head_setup_commands worker_setup_commands
+        head_start_ray_commands worker_start_ray_commands cluster_synced_files rsync_exclude rsync_filter"""
+    config = {
+        "cluster_name": "fake_multinode",
+        "max_workers": 4,
+        "provider": {"type": "fake_multinode"},
+        "available_node_types": {"node": kind, "ray.head.default": head},
+        "head_node_type": "ray.head.default",
+        "idle_timeout_minutes": 5,
+        "upscaling_speed": 1.0,
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        **{name: [] for name in lists.split()},
+    }
+    (folder / "cluster.json").write_text(json.dumps(config))
+    mark = f"parallel_backend_{os.urandom(8).hex()}"
+    env = {
+        "RAY_FAKE_CLUSTER": "1",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_AUTH_MODE": "disabled",
+    }
+    env |= {"MARK": mark, "RAY_TMPDIR": os.fspath(folder / "ray")}
+    ray = Path(sys.executable).with_name("ray")
+    start = [ray, "start", "--head", f"--autoscaling-config={folder / 'cluster.json'}"]
+    try:
+        # The provider's nodes look for their head at this port.
+        done = run([*start, f"--num-cpus={head_cpus}", "--port=6379"], env=env)
+        assert done.returncode == 0, done.stdout + done.stderr
+        yield "127.0.0.1:6379"
+    finally:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("MARK") == mark:
+                    process.kill()
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("count", [24, 40])
+def test_a_growing_cluster_grows_as_fast_as_for_ray_itself(count: int, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    taken = {}
+    for kind in ("raw", "ours", "unbounded"):
+        folder = Path(tempfile.mkdtemp(dir="/tmp"))  # sockets have short names
+        with growing_cluster(folder, 1, {"CPU": 1}) as address:
+            done = run_script(
+                GROWING, address, kind, str(count), timeout=90, env={"RAY_AUTH_MODE": "disabled"}
+            )
+            assert done.returncode == 0, done.stderr
+            taken[kind] = json.loads(done.stdout.splitlines()[-1])
+        shutil.rmtree(folder)
+    print(count, taken)
+    for kind in ("ours", "unbounded"):
+        seconds, nodes, workers = taken[kind]
+        assert seconds <= 1.25 * taken["raw"][0]
+        assert nodes == 5 and workers == 5
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(120)
+def test_a_cluster_without_a_cpu_or_the_resource_grows(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    with growing_cluster(folder, 0, {"CPU": 1, "gadget": 1}) as address:
+        done = run_script(
+            GROWING, address, "gadget", "4", timeout=90, env={"RAY_AUTH_MODE": "disabled"}
+        )
+        assert done.returncode == 0, done.stderr
+        seconds, nodes, workers = json.loads(done.stdout.splitlines()[-1])
+    shutil.rmtree(folder)
+    print("gadget", seconds, nodes)
+    assert nodes > 1 and workers >= 1
 
 
 # --- 6 CPUs ---------------------------------------------------------------------------------------
