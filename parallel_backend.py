@@ -1394,6 +1394,9 @@ class _Core:
                 task.place = _WAITING
                 task.awaits = len(futures)
                 self.works.add(task)
+            if not _under_a_lock() and all(future.done() for future in futures):
+                self.release(task)
+                return
             for future in futures:
                 future.add_done_callback(functools.partial(self.arrive, task))
         except BaseException:
@@ -1451,6 +1454,7 @@ class _Core:
             self.engine.feed()
         if failure is not None:
             self.end([(task, ([], failure, 1, 0.0))])
+        self.settle()
 
     def withdraw(self, works: Sequence[_Work], stop: bool, reason: str) -> None:
         """Cancel those that have not begun and, if ``stop``, those that run."""
@@ -1560,7 +1564,6 @@ class _Core:
 
     def keep_limit(self) -> None:
         """Stop what runs for longer than it may: a thread's, for as long as the executor lives."""
-        limit = self.limit or 0.0
         while True:
             with _lock:
                 while self.stage < _Stage.CLOSED and not (self.works or self.uncut):
@@ -1568,21 +1571,25 @@ class _Core:
                     self.closed.wait()
                 if self.stage is _Stage.CLOSED:
                     return
-            now = time.monotonic()
-            oldest = now
-            for work, since in self.engine.began():
-                if now - since < limit:
-                    oldest = min(oldest, since)
-                    continue
-                message = f"{_name(work.call)} took longer than task_timeout, {limit:g} seconds"
-                work.verdict = TimeoutError(message)
-                self.engine.stop(work)
+            left = self.stop_late(self.limit or 0.0)
             self.settle()
-            # What begins from now on can't be late before the limit is over once more.
-            left = min(oldest + limit - time.monotonic(), limit * self.engine.look_after)
             with _lock:
                 if self.stage < _Stage.CLOSED:
-                    self.closed.wait(max(left, 0.001))
+                    self.closed.wait(min(max(left, 0.001), threading.TIMEOUT_MAX))
+
+    def stop_late(self, limit: float) -> float:
+        """Stop what has run for that long; the seconds until there may be more. By itself, for the
+        thread that calls it is to hold no task while it waits."""
+        now = oldest = time.monotonic()
+        for work, since in self.engine.began():
+            if now - since < limit:
+                oldest = min(oldest, since)
+                continue
+            message = f"{_name(work.call)} took longer than task_timeout, {limit:g} seconds"
+            work.verdict = TimeoutError(message)
+            self.engine.stop(work)
+        # What begins from now on can't be late before the limit is over once more.
+        return min(oldest + limit - time.monotonic(), limit * self.engine.look_after)
 
     def defer(self, what: Callable[[], Any]) -> None:
         """Let it be done under no lock, soon."""
@@ -2184,11 +2191,13 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
         """
         spaces: list[dict[str, Any]] = []  # the globals of those that the initializer is made of
         set_by_it: dict[Any, dict[str, tuple[Any, bytes | None]]] = {}
-        """By module and name: the value that it has set, and how the one looked that was sent."""
+        """By module and name: the value that it has set, and how the one looked that was sent, with
+        it or, if it did not mention the name, with the first function that does."""
 
         def look(value: object) -> bytes | None:
             if isinstance(value, (types.FunctionType, types.ModuleType, type)):
-                return b""  # set is one, if it is another one
+                line = getattr(getattr(value, "__code__", None), "co_firstlineno", 0)
+                return f"{value.__name__} {line}".encode()  # its globals are no part of it
             with contextlib.suppress(Exception):
                 return dumps(value)
             return None
@@ -2204,10 +2213,12 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
                     found(function, state)
                     space = function.__globals__
                     spaces.append(space)
-                    for key, (value, before) in set_by_it.get(space.get("__name__"), {}).items():
+                    names = set_by_it.get(space.get("__name__"), {})
+                    for key, (value, before) in names.items():
                         if key not in sent:
                             space.setdefault(key, value)
-                        elif look(sent[key]) == before:
+                        elif before is None or look(sent[key]) == before:
+                            names[key] = value, before or look(sent[key])
                             space[key] = value
 
                 return set_state
@@ -2590,7 +2601,9 @@ class _Calls:
                     head = self.plainly(fn) if by_name else None
                     head = heads[fn] = head or self.dumps(fn, None, more)
                     if len(left_out) > before:
-                        head = heads[fn] = b""  # by its bytes alone, nobody knows it again
+                        # With a handle in it: on Ray its bytes do not say which, and on joblib the
+                        # worker would keep the object with it, long after the handle has gone.
+                        head = heads[fn] = b""
                 if head:
                     return head, body
         return None, self.dumps(call, None, more)
@@ -2635,7 +2648,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"[{key!r}]", part) for key, part in value.items())
     elif isinstance(value, (list, tuple, set, frozenset)):
         yield from ((f"item {n}", part) for n, part in enumerate(value, 1))
-    else:
+    elif not isinstance(value, Future):  # which says by itself why it can't be sent
         attributes = getattr(value, "__dict__", {})
         yield from ((f"the attribute {name!r}", part) for name, part in attributes.items())
 
@@ -2886,6 +2899,8 @@ class _EngineBackend(ParallelBackend):
         _check_number("max_workers", max_workers)
         _check_number("max_tasks_per_child", max_tasks_per_child)
         _check_number("task_timeout", task_timeout, (int, float))
+        if task_timeout == float("inf"):
+            task_timeout = None
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer must be a callable, not {initializer!r}")
         for name, value in options.items():
@@ -3349,6 +3364,20 @@ def _sizes(works: Sequence[_Work]) -> Iterator[int]:
         heads.add(head)
 
 
+_pickling = threading.local()  # its ``handles``: a list of those met just now, or None
+
+
+@contextlib.contextmanager
+def _handles_met() -> Iterator[list[Any]]:
+    """Learn which handles this thread meets while it pickles."""
+    outer, met = getattr(_pickling, "handles", None), []  # type: tuple[Any, list[Any]]
+    _pickling.handles = met
+    try:
+        yield met
+    finally:
+        _pickling.handles = outer
+
+
 class _Batch:
     """Calls sent in one message, until each is replied to or, from some one on, taken back."""
 
@@ -3710,7 +3739,8 @@ class _LokyEngine(_Engine):
                 call = work.call  # None, should it be cancelled meanwhile
                 try:
                     if work.message is None and call is not None:
-                        work.message = _joblib_calls().message(call, heads)
+                        with _handles_met() as met:
+                            work.message = _joblib_calls().message(call, heads, None, met)
                 except BaseException as error:
                     if call is not None:
                         error = _joblib_calls().unpicklable(call, error)
@@ -4030,12 +4060,8 @@ class _Shared(Handle[Any]):
 
     def __init__(self, value: object) -> None:
         buffers: list[pickle.PickleBuffer] = []
-        outer, _pickling.handles = getattr(_pickling, "handles", None), []
-        try:
+        with _handles_met() as self._inner:  # what value refers to must not go before it
             data = _joblib_calls().dumps(value, buffers)
-            self._inner = _pickling.handles  # what value refers to must not go before it
-        finally:
-            _pickling.handles = outer
         views = [buffer.raw() for buffer in buffers]
         if len(data) + sum(view.nbytes for view in views) < self.SMALL:
             self._call: Any = pickle.loads, (_joblib_calls().dumps(value),)
@@ -4090,10 +4116,6 @@ class _Shared(Handle[Any]):
         if (handles := getattr(_pickling, "handles", None)) is not None:
             handles.append(self)
         return self._call
-
-
-_pickling = threading.local()
-"""Its ``handles``: those met while a thread pickles what another handle is made for."""
 
 
 def _has_room(folder: str, needed: int) -> bool:

@@ -1095,6 +1095,21 @@ def test_shared_object_where_there_is_no_room(
         on_joblib.put(bytes(100_000))
 
 
+def test_a_worker_keeps_no_object_with_a_closure(on_joblib: Backend) -> None:
+    """It keeps functions by their bytes, but those with a handle in them not."""
+
+    def held() -> Any:
+        data = on_joblib.put(bytes(1 << 20))
+        return lambda: len(data)
+
+    with on_joblib.executor(1) as executor:
+        for _ in range(5):
+            assert executor.submit(held()).result(LONG) == 1 << 20
+        gc.collect()
+        maps = Path(f"/proc/{executor.submit(os.getpid).result(LONG)}/maps")
+        until(lambda: "parallel_backend_" not in maps.read_text())
+
+
 def test_closures_over_a_large_object_copy_it_never(engine: Backend) -> None:
     np = pytest.importorskip("numpy")
     psutil = pytest.importorskip("psutil")
@@ -1240,6 +1255,23 @@ def test_a_chain_that_waits_for_one_future_ends_as_it_does(backend: Backend) -> 
                 wait([last], LONG)
                 with pytest.raises(CancelledError, match="a future among its arguments"):
                     last.result(0)
+
+
+def test_a_task_that_has_waited_may_wait_itself(backend: Backend) -> None:
+    with backend.executor(2) as executor:
+
+        def nested(_: int) -> int:
+            with backend.executor(1) as inner:
+                return int(inner.submit(abs, inner.submit(int, -5)).result(LONG))
+
+        if traits_of(backend).own_process:
+            nested = abs  # type: ignore[assignment]
+        assert executor.submit(nested, executor.submit(int, 5)).result(LONG) == 5
+    with pb.init_parallel_backend("sequential").executor() as one:
+        again = one.submit(
+            lambda _: one.submit(abs, one.submit(int, -5)).result(0), one.submit(int)
+        )
+        assert again.result(0) == 5
 
 
 @pytest.mark.parametrize("policy", list(map(Policy, range(4))))
@@ -3692,6 +3724,24 @@ def test_a_limit_is_kept_while_a_callback_blocks(engine: Backend, tmp_path: Path
         assert isinstance(late.exception(LONG), TimeoutError)
 
 
+def test_a_limit_without_end_is_none(engine: Backend) -> None:
+    with engine.executor(1, task_timeout=float("inf")) as executor:
+        assert executor.submit(identity, 1).result(LONG) == 1
+        until(lambda: executor._core.is_unwatched)
+
+
+def test_the_watch_over_a_limit_holds_no_task(engine: Backend) -> None:
+    with engine.executor(1, task_timeout=2) as executor:
+        executor.submit(identity, 1).result(LONG)
+        future = executor.submit(time.sleep, 1)  # which it meets while it runs
+        future.result(LONG)
+        gone = weakref.ref(future)
+        del future
+        another = executor.submit(time.sleep, 2)  # and now sleeps over
+        until_collected(lambda: gone() is None)
+        another.cancel()
+
+
 def test_an_idle_executor_with_a_limit_sleeps(engine: Backend) -> None:
     with engine.executor(1, task_timeout=0.01) as executor:
         with contextlib.suppress(TimeoutError):
@@ -3720,7 +3770,7 @@ STATE = """
 import sys
 import parallel_backend as pb
 
-MODEL, CONFIG, LATER = None, {"a": 1}, "as sent"
+MODEL, CONFIG, LATER, FUNCTION, UNNAMED = None, {"a": 1}, "as sent", len, None
 
 class Reader:
     def read(self):
@@ -3736,12 +3786,16 @@ def set_up(value):
     ONLY_THERE = value
     CONFIG["b"] = 2
     LATER = "set up"
+    globals()["UNNAMED"] = globals()["FUNCTION"] = helper
 
 def look():
     return MODEL, CONFIG, ONLY_THERE, LATER, Reader().read()
 
+def functions():
+    return UNNAMED.__name__, FUNCTION.__name__
+
 def main(name):
-    global LATER
+    global LATER, FUNCTION
     backend = pb.init_parallel_backend(name)
     closure = (lambda n: lambda: (n, MODEL))(1)
     with backend.executor(1, initializer=set_up, initargs=(5,)) as executor:
@@ -3749,6 +3803,9 @@ def main(name):
         print(executor.submit(closure).result(), executor.submit(Reader().read).result())
         LATER = "changed since"
         print(executor.submit(look).result())
+        print(executor.submit(functions).result())
+        FUNCTION = look
+        print(executor.submit(functions).result())
     with backend.executor(1) as executor:
         print(executor.submit(lambda: (MODEL, CONFIG, "ONLY_THERE" in globals())).result())
 
@@ -3776,6 +3833,8 @@ def test_tasks_of_main_see_what_an_initializer_of_main_has_set(
         str(seen),
         f"{(1, made)} {made}",
         str((*seen[:3], "changed since", made)),
+        "('helper', 'helper')",
+        "('helper', 'look')",
         str((None, {"a": 1}, False)),
     ], done.stderr
 
