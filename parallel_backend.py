@@ -2092,7 +2092,9 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
     def reborn(cls: Any, args: Any, state: Any = None) -> BaseException:
         """An exception made anew without its class's own ``__init__``, which may take other arguments
         than it has passed on, and has been called once."""
-        builtin = next(base for base in cls.__mro__ if base.__module__ == "builtins")
+        builtin = cls
+        while builtin.__module__ != "builtins":
+            builtin = builtin.__base__  # the one that its memory is laid out for
         error: BaseException = builtin.__new__(cls, *args)
         builtin.__init__(error, *args)  # for what is not in args: an OSError's errno, say
         for name, value in (state or {}).items():
@@ -2126,11 +2128,12 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
             return (reborn, made) if made[0] is cls else NotImplemented
 
         def reduce_memoized(function: Any) -> Any:
-            found = sys.modules.get(function.__module__)
-            for name in function.__qualname__.split("."):
+            module = getattr(function, "__module__", None)
+            found = sys.modules.get(module) if module else None
+            for name in getattr(function, "__qualname__", "").split("."):
                 found = getattr(found, name, None)
             by_value = {"__main__", *cloudpickle.list_registry_pickle_by_value()}
-            if found is function and function.__module__ not in by_value:
+            if found is function and module not in by_value:
                 return NotImplemented
             how = function.cache_parameters()
             # What functools.lru_cache() itself calls, since Python 3.5.
@@ -2297,8 +2300,8 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
         """The life of a worker process: read a batch of calls, run them, reply to each.
 
         It says that it is ready with an empty message, also after an initializer, and with another
-        one whenever calls of the batch that it works on have been taken back; with b"b", if that is
-        asked for, that it begins a call.
+        one whenever calls of the batch that it works on have been taken back; with b"b" and b"e", if
+        that is asked for, that it begins a call, and that it has ended it.
         """
         import faulthandler
         import multiprocessing
@@ -2380,6 +2383,7 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
                 return
             if not message:  # the executor has ended: is this process good for another one?
                 maps.clear()
+                open_call = opener(pickle.loads)
                 if state() != born:
                     return
                 send(b"")
@@ -2413,6 +2417,8 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
                     if is_limited:
                         send(b"b")  # it begins: what it took to import its module does not count
                     reply: Any = run(*call)
+                    if is_limited:
+                        send(b"e")  # and what its result takes to be sent does not, either
                     # A call holds its arguments, and they what they like.
                     call = head = body = None
                     data = seal(reply, dumps)
@@ -2587,11 +2593,15 @@ class _Calls:
         pickle remembers the bytes it has seen. Not for longer, for what a function refers to by value
         may change. ``more`` has further reducers, by type, and ``left_out`` what they leave out."""
         fn, arguments, how, budget = call
-        if type(fn) in _FUNCTIONS:
+        # A method of a list, say, is of the type of C functions, but its list is no part of its name.
+        if type(fn) in _FUNCTIONS and type(getattr(fn, "__self__", None)) in (
+            type(None),
+            ModuleType,
+        ):
             by_name = self.goes_by_name(fn)
             are_atoms = not how and _ATOMS.issuperset(map(type, arguments))
-            # What a closure and its arguments share is to stay shared: then they go together.
-            if by_name or are_atoms or getattr(fn, "__closure__", None) is None:
+            # What a function by value and its arguments share is to stay shared: they go together.
+            if by_name or are_atoms or not _may_share(fn, arguments, how):
                 body = self.plainly((arguments, how, budget))
                 if body is None:
                     body = self.dumps((arguments, how, budget), None, more)
@@ -2630,6 +2640,16 @@ class _Calls:
                 place = f"{name} of {whole}" if name else whole
                 return (self.find(_parts(value), place, depth - 1) if depth else "") or place
         return ""
+
+
+def _may_share(fn: Any, arguments: Any, how: Any) -> bool:
+    """Whether an argument may be an object that a function refers to: by ``is`` it is to be found."""
+    if getattr(fn, "__closure__", None) is not None or not hasattr(fn, "__code__"):
+        return True
+    used = {id(fn.__globals__.get(name)) for name in fn.__code__.co_names}
+    given = itertools.chain(*arguments) if how is True else arguments
+    named = how.values() if isinstance(how, dict) else ()
+    return any(type(v) not in _ATOMS and id(v) in used for v in itertools.chain(given, named))
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
@@ -2690,6 +2710,7 @@ class _InlineEngine(_Engine):
         # One at a time. Reentrant, for a task may submit another one and wait for it.
         self.turn = threading.RLock()
         self.depth = 0  # of tasks in tasks; under turn
+        self.is_broken_off = False  # the last run_all() did not come to its end; under turn
 
     def feed(self) -> None:
         core = self.core
@@ -2711,24 +2732,26 @@ class _InlineEngine(_Engine):
     def run_all(self) -> None:
         core = self.core
         depth = self.depth
-        if not depth:
+        if not depth and self.is_broken_off:
             # What is lent now, a Ctrl-C has taken out of the hands of the thread that ran it.
             lost = [work for work in [*core.works] if work.place is _LENT]
             core.end([(work, ([], KeyboardInterrupt(), 1, 0.0)) for work in lost])
+        self.is_broken_off = True
         try:
             self.depth = depth + 1
             if self.setup is not None and core.pending:
                 (initializer, args), self.setup = self.setup, None
                 try:
                     initializer(*args)
-                except Exception as error:
-                    core.break_down(_initializer_failed(error))
-                except BaseException:
-                    self.setup = initializer, args  # a Ctrl-C: it is still to be done
+                except KeyboardInterrupt:
+                    self.setup = initializer, args  # it is still to be done
                     raise
+                except BaseException as error:
+                    core.break_down(_initializer_failed(error))
             while taken := core.take(1):
                 core.ask()  # so that feed() comes for a task that this one submits
                 self.run(taken.pop())
+            self.is_broken_off = depth > 0
         finally:
             self.depth = depth
 
@@ -3351,7 +3374,8 @@ _BATCH = 64  # calls, at most
 _AHEAD = 0.02  # seconds of work that a worker may have
 _QUIET = 0.005  # seconds
 _LARGE = 32 * 1024 if sys.platform != "darwin" else 4 * 1024  # bytes: what surely fits into a pipe
-_BEGUN = object()  # what a worker with a time limit says before it runs a call
+_BEGUN, _ENDED = "begun", "ended"
+_SAID = {b"b": _BEGUN, b"e": _ENDED}  # what a worker with a time limit says before and after a call
 _PATIENCE = 3  # workers in a row that could not be started, before what is pending fails
 
 
@@ -3553,6 +3577,7 @@ class _LokyEngine(_Engine):
                 if worker.since < float("inf")
                 and not _has_written(worker.process.connection)
                 and not worker.is_read
+                and not worker.inbox
             ]
 
     def close(self) -> None:
@@ -3821,7 +3846,7 @@ class _LokyEngine(_Engine):
         replies: list[Any] = []
         for message in messages:
             # Under no lock, for it runs code of the user's, and maybe for long.
-            reply: Any = _BEGUN if message == b"b" else None
+            reply: Any = _SAID.get(message)
             if message and reply is None:
                 try:
                     reply = pickle.loads(message)
@@ -3847,13 +3872,12 @@ class _LokyEngine(_Engine):
                         self.failures, self.limit = 0, self.max_workers
                         worker.is_ready = self.setup is None
                     continue
-                if reply is _BEGUN:
-                    worker.since = time.monotonic()
+                if reply in (_BEGUN, _ENDED):
+                    worker.since = time.monotonic() if reply is _BEGUN else float("inf")
                     continue
                 if not worker.is_ready:
                     broken = reply
                     continue
-                worker.since = float("inf")
                 batch = worker.batches[0]
                 batch.left -= 1
                 if batch.works:  # none: it was stopped, and had just ended
@@ -4257,8 +4281,11 @@ def _ray_functions(setup: bytes = b"") -> tuple[Callable[..., Any], ...]:
             key, number = mark
             key += ray.get_runtime_context().get_worker_id()
             value = f"{number} {os.urandom(8).hex()}".encode()
-            importlib.import_module("ray.experimental.internal_kv")._internal_kv_put(key, value)
+            store = importlib.import_module("ray.experimental.internal_kv")
+            store._internal_kv_put(key, value)
         values, error, begun, seconds = run(*call)
+        if mark is not None:
+            store._internal_kv_put(key, b"")
         del call
         if reraise and isinstance(error, Exception):
             raise error
@@ -4418,7 +4445,8 @@ class _RayEngine(_Engine):
             env["env_vars"] = {**env.get("env_vars", {}), "PARALLEL_BACKEND_EXECUTOR": key}
             options["runtime_env"] = env
         if wishes.max_tasks is not None:
-            options["max_calls"] = wishes.max_tasks
+            # One function for all names, since Ray counts its calls.
+            self.base = _ray_with(self.base, {"max_calls": wishes.max_tasks})
         self.stays = stays  # results stay in the object store
         if stays:
             self.future_type = _RayFuture
@@ -4504,10 +4532,12 @@ class _RayEngine(_Engine):
                 word = store._internal_kv_get(key)
                 if word is not None and word != self.seen.get(key, (b"", 0))[0]:
                     self.seen[key] = word, time.monotonic()
-        words = [
-            (self.marked.get(int(word.split()[0])), since) for word, since in self.seen.values()
-        ]
-        return [(work, since) for work, since in words if work is not None]
+        latest: dict[int, float] = {}  # of its attempts: the worker of an earlier one is gone
+        for word, since in self.seen.values():
+            if word:
+                number = int(word.split()[0])
+                latest[number] = max(since, latest.get(number, 0.0))
+        return [(self.marked[n], since) for n, since in latest.items() if n in self.marked]
 
     def awaited(self, value: Any) -> Future[Any] | None:
         if not isinstance(value, self.ray.ObjectRef):
@@ -5177,12 +5207,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=f"python -m {__spec__.name}" if __spec__ else None,
         description="Check what parallel_backend can run on here, on the real engines.",
-        epilog="The exit status is 1 if anything that is installed fails; what is missing is no failure.",
+        epilog="The exit status is 1 if anything that is installed fails; what is missing is none, unless it was asked for.",
     )
     names = list(ParallelBackend.BACKENDS)
-    again = "check this one only; can be given several times"
+    again = "check this one only, and fail if it is missing; can be given several times"
     parser.add_argument("--backend", action="append", choices=names, help=again)
-    chosen = parser.parse_args(arguments).backend or names
+    asked = parser.parse_args(arguments).backend
+    chosen = asked or names
 
     def say(what: str, result: str, seconds: float | None = None) -> None:
         time_taken = "" if seconds is None else f"{seconds * 1000:8,.0f} ms"
@@ -5201,7 +5232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             version = "" if name == "sequential" else _import_or_explain(name).__version__
         except ImportError as error:
             print(f"{name}: {'not installed: ' if error.name == name else ''}{error}")
-            if error.name != name:
+            if error.name != name or asked:
                 failed.append(name)
             continue
         print(f"{name} {version}".rstrip())

@@ -674,6 +674,8 @@ def test_self_test_fails_if_a_backend_does(capsys: Any, monkeypatch: Any) -> Non
     assert out.endswith("Failed: sequential\n")
     with pytest.raises(SystemExit):
         pb.main(["--backend", "nonsense"])
+    monkeypatch.setitem(sys.modules, "joblib", None)
+    assert pb.main(["--backend", "joblib"]) == 1, "asked for, and not there"
 
 
 # --- 2 Public surface -----------------------------------------------------------------------------
@@ -3394,14 +3396,16 @@ def test_worker_watches_its_lifeline_where_there_is_no_prctl(
 
         ours, theirs = Pipe()
         watched, lifeline = Pipe(duplex=False)
-        args = theirs, None, os.getpid(), watched, None, pb._cloudpickle().dumps
+        args = theirs, None, os.getpid(), watched, None, pb._cloudpickle().__name__
         process = get_context("loky").Process(target=lying(pb._serve), args=args)
         process.start()
         theirs.close(); watched.close()
         assert ours.recv_bytes() == b"", "ready"
-        ours.send_bytes(pb._dumps((0, None, [pb._pickled((os.getpid, (), {}, None), {})])))
+        calls = pb._joblib_calls()
+        ours.send_bytes(calls.dumps((0, None, False, [calls.message((os.getpid, (), {}, None), {})])))
         assert pb._opened(ours.recv_bytes(), (), "task", 1)[0] == [process.pid]
-        ours.send_bytes(pb._dumps((0, None, [pb._pickled((time.sleep, (600,), {}, None), {})])))
+        sleep = time.sleep, (600,), {}, None
+        ours.send_bytes(calls.dumps((0, None, False, [calls.message(sleep, {})])))
         print(process.pid, flush=True)
         os.kill(os.getpid(), 9)
     """
@@ -4844,7 +4848,7 @@ def test_worker_answers_until_there_is_nobody_to_ask(on_joblib: Backend) -> None
     context = pytest.importorskip("joblib.externals.loky.backend").get_context("loky")
     ours, theirs = Pipe()
     watched, lifeline = Pipe(duplex=False)
-    args = theirs, None, os.getpid(), watched, None, pb._cloudpickle().dumps
+    args = theirs, None, os.getpid(), watched, None, pb._cloudpickle().__name__
     worker = context.Process(target=pb._serve, args=args)
     worker.start()
     theirs.close()
@@ -4852,8 +4856,8 @@ def test_worker_answers_until_there_is_nobody_to_ask(on_joblib: Backend) -> None
     assert ours.poll(LONG) and ours.recv_bytes() == b"", "ready"
 
     def ask(fn: Any, *items: Any, budget: float = LONG) -> Any:
-        message = pb._pickled((fn, list(items), False, budget), {})
-        ours.send_bytes(pb._dumps((0, None, [message])))
+        message = pb._joblib_calls().message((fn, list(items), False, budget), {})
+        ours.send_bytes(pb._joblib_calls().dumps((0, None, False, [message])))
         assert ours.poll(LONG)
         values, error, begun, _ = pb._opened(ours.recv_bytes(), (), "task", len(items))
         return values, type(error), begun
