@@ -154,8 +154,7 @@ def _check_number(name: str, value: object, kinds: Any = int) -> None:
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise TypeError(f"{name} must be {'an int' if kinds is int else 'a number'}, not {value!r}")
     if not cast("float", value) > 0:
-        hint = "; for all CPUs, leave it out" if (name, value) == ("max_workers", -1) else ""
-        raise ValueError(f"{name} must be greater than 0{hint}")
+        raise ValueError(f"{name} must be greater than 0")
 
 
 class TaskOptions(TypedDict, total=False):

@@ -4573,7 +4573,7 @@ def core_machine() -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.engine = ManualEngine()
-            self.executor = pb._Executor(self.engine, 2, Policy.PENDING)
+            self.executor = pb.ParallelExecutor(self.engine, 2, Policy.PENDING)
             self.core = self.executor._core
             self.futures: list[Future[Any]] = []
             self.expected: dict[Future[Any], str] = {}  # the model: how each must end, once known
@@ -4737,7 +4737,7 @@ def test_core_keeps_its_promises_in_any_order() -> None:
 def test_shutdown_while_a_task_is_being_taken_loses_nothing(monkeypatch: Any) -> None:
     """As some __del__ can call it there, whenever the garbage is collected."""
     engine = ManualEngine()
-    executor = pb._Executor(engine, 1, Policy.NONE)
+    executor = pb.ParallelExecutor(engine, 1, Policy.NONE)
     results = executor.map(identity, [5])
     cut = pb._Map.cut
 
@@ -4763,7 +4763,7 @@ def test_what_is_finished_stays_so_while_its_callbacks_run() -> None:
         assert let_go.wait(LONG)
 
     engine = ManualEngine()
-    executor = pb._Executor(engine, 1, Policy.NONE)
+    executor = pb.ParallelExecutor(engine, 1, Policy.NONE)
     future = executor.submit(identity, 1)
     future.add_done_callback(callback)
     engine.fetch(1)
@@ -4947,9 +4947,12 @@ def test_ray_retries_exceptions_if_asked_those_of_single_items(
 
 
 def test_ray_handle_that_failed_costs_one_item(on_ray: Backend) -> None:
-    handles = [on_ray.wrap(divmod)(n, n != 2) for n in range(5)]
+    import ray
+
+    remote = ray.remote(lambda a, b: divmod(a, b))
+    references = [remote.remote(n, n != 2) for n in range(5)]
     with on_ray.executor(1) as executor:
-        results = executor.map(len, handles, chunksize=4)
+        results = executor.map(len, references, chunksize=4)
         assert [next(results), next(results)] == [2, 2]
         with pytest.raises(ZeroDivisionError):
             next(results)
@@ -4958,10 +4961,10 @@ def test_ray_handle_that_failed_costs_one_item(on_ray: Backend) -> None:
 def test_ray_handle_that_was_cancelled_cancels_its_task(on_ray: Backend) -> None:
     import ray
 
-    handle = on_ray.wrap(time.sleep)(600)
+    reference = ray.remote(lambda: time.sleep(600)).remote()
     with on_ray.executor(2) as executor:
-        future = executor.submit(identity, handle)
-        ray.cancel(handle, force=True)  # type: ignore[arg-type]
+        future = executor.submit(identity, reference)
+        ray.cancel(reference, force=True)
         assert wait([future], LONG).not_done == set()
         assert future.cancelled() or isinstance(future.exception(0), BrokenProcessPool)
 
