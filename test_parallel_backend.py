@@ -4979,7 +4979,7 @@ def test_ray_is_given_no_more_than_it_can_run(
         futures = [executor.submit(gated, tmp_path, str(n)) for n in range(8)]
         for n in range(room):
             has_started(tmp_path, str(n))
-        assert [future.running() for future in futures] == [n < room for n in range(8)]
+        until(lambda: [f.running() for f in futures] == [n < room for n in range(8)])
         opener = open_gate_when_shut(executor, tmp_path)
     opener.join()
     assert [future.cancelled() for future in futures] == [n >= room for n in range(8)]
