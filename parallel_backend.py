@@ -3393,7 +3393,8 @@ _pickling = threading.local()  # its ``handles``: a list of those met just now, 
 @contextlib.contextmanager
 def _handles_met() -> Iterator[list[Any]]:
     """Learn which handles this thread meets while it pickles."""
-    outer, met = getattr(_pickling, "handles", None), []  # type: tuple[Any, list[Any]]
+    outer = getattr(_pickling, "handles", None)
+    met: list[Any] = []
     _pickling.handles = met
     try:
         yield met
@@ -4275,16 +4276,17 @@ def _ray_functions(setup: bytes = b"") -> tuple[Callable[..., Any], ...]:
         finally:
             shelf(None)
         del values
+
+        def say(word: bytes) -> None:
+            key = mark[0] + ray.get_runtime_context().get_worker_id()
+            importlib.import_module("ray.experimental.internal_kv")._internal_kv_put(key, word)
+
         if mark is not None:
             # Which task runs here now, and which of its attempts, if Ray retries it.
-            key, number = mark
-            key += ray.get_runtime_context().get_worker_id()
-            value = f"{number} {os.urandom(8).hex()}".encode()
-            store = importlib.import_module("ray.experimental.internal_kv")
-            store._internal_kv_put(key, value)
+            say(f"{mark[1]} {os.urandom(8).hex()}".encode())
         values, error, begun, seconds = run(*call)
         if mark is not None:
-            store._internal_kv_put(key, b"")
+            say(b"")  # none: what its result takes to be sent does not count
         del call
         if reraise and isinstance(error, Exception):
             raise error
