@@ -5018,19 +5018,21 @@ def test_ray_executor_inside_tasks_that_fill_the_cpus(on_ray: Backend) -> None:
 
 
 def test_ray_cancel_in_rays_own_thread(on_ray: Backend, tmp_path: Path) -> None:
+    import ray
+
     answers: list[bool] = []
     over = threading.Event()
     with on_ray.executor(1) as executor:
         executor.submit(gated, tmp_path, "first")
         has_started(tmp_path, "first")
         waiting = executor.submit(identity, 1)
-        handle: Any = on_ray.wrap(identity)(1)
+        reference: Any = ray.remote(lambda: 1).remote()
 
         def cancel(_: Any) -> None:
             answers.append(waiting.cancel())
             over.set()
 
-        handle.future().add_done_callback(cancel)
+        reference.future().add_done_callback(cancel)
         assert over.wait(LONG)
         assert answers == [True] and waiting.cancelled()
         open_gate(tmp_path)
