@@ -77,7 +77,7 @@ import traceback
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, as_completed
 from concurrent.futures import TimeoutError as FutureTimeoutError  # not the builtin before 3.11
 from dataclasses import dataclass
@@ -522,6 +522,7 @@ class ParallelBackend(abc.ABC):
 
     BACKENDS: ClassVar[dict[str, type[ParallelBackend]]] = {}
     _n_cpus_local: ClassVar[int | None] = None
+    _uses_options: ClassVar[bool] = False  # those of tasks; where not, they are ignored
 
     def __init_subclass__(cls, *, backend_name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -653,7 +654,8 @@ class ParallelBackend(abc.ABC):
         Args:
             options: of Ray's tasks; ignored elsewhere.
         """
-        ours = self._options_for_wrap(options)
+        self._check_options(options)
+        ours: dict[str, Any] = {**options} if self._uses_options else {}
         executors: dict[int, Executor] = {} if ours else self._background
 
         @functools.wraps(fun)
@@ -666,12 +668,17 @@ class ParallelBackend(abc.ABC):
 
         return start
 
-    def _options_for_wrap(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of them that this backend has a use for; ``TypeError`` for a name that none has."""
-        for name in options:
-            if name not in TaskOptions.__annotations__:
+    @classmethod
+    def _check_options(cls, options: Mapping[str, Any]) -> None:
+        """``TypeError`` for a name that no backend knows."""
+        for name, value in options.items():
+            if not cls._has_option(name, value):
                 raise _unknown_option(name)
-        return {}
+
+    @classmethod
+    def _has_option(cls, name: str, value: Any) -> bool:
+        """Whether some backend knows it."""
+        return name in TaskOptions.__annotations__
 
     def _executor_for_wrap(self, options: dict[str, Any]) -> Executor:
         executor: Executor = self.executor(cancel_futures=CancellationPolicy.NONE)
@@ -870,10 +877,11 @@ def init_parallel_backend(
 #         '----------------'--------------> CANCELLED --------------------------------------'
 #              cancel()                                      settle()
 #
-# WAITING is nobody's: futures among its arguments are not done. PENDING is the core's. LENT is the engine's, which may hold more than it runs: what has not begun
-# there is still ours to cancel, to give to another worker, and to keep when a worker dies. For each
-# task that an engine took comes exactly one of end(), put_back() and stopped(). The core asks for one
-# with take_back() or stop(), and then looks where the task is: it has no answer to believe.
+# WAITING is nobody's: futures among its arguments are not done. PENDING is the core's. LENT is the
+# engine's, which may hold more than it runs: what has not begun there is still ours to cancel, to give
+# to another worker, and to keep when a worker dies. For each task that an engine took comes exactly one
+# of end(), put_back() and stopped(). The core asks for one with take_back() or stop(), and then looks
+# where the task is: it has no answer to believe.
 #
 # The rule of the locks. There are two, for all executors of the process:
 #
@@ -973,6 +981,7 @@ class _Place(enum.Enum):
 
 # A global takes a third of an attribute's time.
 _WAITING, _PENDING, _LENT, _ENDING, _CANCELLED, _DONE = _Place
+_UNLENT = (_WAITING, _PENDING)  # what no engine has: cancelled or failed here and now
 
 
 class _Stage(enum.IntEnum):
@@ -1299,8 +1308,8 @@ class _Map:
 class _Core:
     """The state of an executor: what is pending, what is lent, and how far it is to its end.
 
-    Apart from :class:`ParallelExecutor`, so that an engine's threads, which know this, do not keep alive an
-    executor that everybody else has dropped.
+    Apart from :class:`ParallelExecutor`, so that an engine's threads, which know this, do not keep
+    alive an executor that everybody else has dropped.
     """
 
     live: ClassVar[weakref.WeakSet[_Core]] = weakref.WeakSet()
@@ -1429,12 +1438,12 @@ class _Core:
                 place = _ENDING
         if place is _PENDING:
             try:
-                given = [self.engine.given(v) if isinstance(v, Future) else v for v in args]
-                named = {
-                    k: self.engine.given(v) if isinstance(v, Future) else v
-                    for k, v in kwargs.items()
-                }
-                call = (fn, given, named, None)
+                values = [
+                    self.engine.given(v) if isinstance(v, Future) else v
+                    for v in (*args, *kwargs.values())
+                ]
+                named = dict(zip(kwargs, values[len(args) :]))
+                call = (fn, values[: len(args)], named, None)
             except BaseException as error:
                 place, failure = _ENDING, error
         with _lock:
@@ -1463,7 +1472,7 @@ class _Core:
         with _later_signals():
             with _lock:
                 for work in works:
-                    if work.place is _PENDING or work.place is _WAITING:
+                    if work.place in _UNLENT:
                         work.place = _CANCELLED
                         work.reason = reason
                 lent = [work for work in works if work.place is _LENT]
@@ -1471,7 +1480,7 @@ class _Core:
                     work.unwanted += 1
                     work.reason = reason
             try:
-                self.recall(lent, True, stop)
+                self.recall(lent, stop)
             finally:
                 with _lock:
                     for work in lent:
@@ -1481,17 +1490,17 @@ class _Core:
         self.tell([work for work in works if work.place is _CANCELLED])
         self.settle()
 
-    def recall(self, lent: Sequence[_Work], waiting: bool, running: bool) -> None:
-        """Have back of these what waits at the engine, and stop what runs there, as is asked for."""
+    def recall(self, lent: Sequence[_Work], stop: bool) -> None:
+        """Have back of these what waits at the engine and, if ``stop``, stop what runs there."""
         # Which run is asked before any is stopped: by then its neighbour may have begun.
-        for work in [work for work in lent if running and self.engine.running(work)]:
+        for work in [work for work in lent if stop and self.engine.running(work)]:
             self.engine.stop(work)
         # Not every engine knows all that runs: what does not come back when it is asked for, does.
         # What comes back is lent anew, on another seat, if it is wanted.
         seats = [(work, work.slot) for work in lent if work.place is _LENT]
         if seats:
             self.engine.take_back([work for work, _ in seats])
-        for work, slot in seats if running else ():
+        for work, slot in seats if stop else ():
             if work.place is _LENT and work.slot is slot:
                 self.engine.stop(work)
 
@@ -1511,20 +1520,21 @@ class _Core:
                 stops = CancellationPolicy.RUNNING in policy
                 self.stage = max(self.stage, _Stage.DISCARDING if discards else _Stage.DRAINING)
                 dropped: list[Any] = []
-                self.ending = (
-                    f"its executor has ended under {policy}: collect results inside the `with` "
-                    "block, or choose another policy"
-                )
+                if discards or stops:  # else it cancels none, and an earlier one may have
+                    self.ending = (
+                        f"its executor has ended under {policy}: collect results inside the `with` "
+                        "block, or choose another policy"
+                    )
                 if discards:
                     for work in self.works:
-                        if work.place is _PENDING or work.place is _WAITING:
+                        if work.place in _UNLENT:
                             work.place = _CANCELLED
                     error = CancelledError(self.ending)
                     dropped = [self.pending, *(self.fail_map(m, error) for m in self.pending)]
                     self.pending = collections.deque()
                 lent = [work for work in self.works if work.place is _LENT]
             if discards or stops:
-                self.recall(lent, discards, stops)
+                self.recall(lent, stops)
             del dropped, lent
         # Last, since their callbacks may take their time.
         with _lock:
@@ -1681,7 +1691,7 @@ class _Core:
             dropped = [self.pending, *(self.fail_map(m, error) for m in self.pending)]
             self.pending = collections.deque()
             for work in self.works:
-                if work.place is _PENDING or work.place is _WAITING:
+                if work.place in _UNLENT:
                     self.fail(work, error)
         del dropped
         self.settle()
@@ -1918,9 +1928,8 @@ class ParallelExecutor(Executor):
 
         def results() -> Iterator[T]:
             _keep = self  # as long as somebody wants the results, the executor is not dropped
-            index = yielded = (
-                0  # how many are told to the user; in order, the next one's place, too
-            )
+            # How many outcomes were taken; in order, that is the place of the next one, too.
+            index = yielded = 0
             try:
                 while True:
                     with _lock:
@@ -2586,36 +2595,41 @@ class _Calls:
         return file.getvalue()
 
     def message(
-        self, call: Call, heads: dict[Any, bytes], more: Any = None, left_out: Sized = ()
+        self, call: Call, heads: dict[Any, bytes], more: Any = None, left_out: Any = ()
     ) -> Message:
         """``heads`` has the functions of this batch: each is pickled once a batch, and sent once, since
         pickle remembers the bytes it has seen. Not for longer, for what a function refers to by value
-        may change. ``more`` has further reducers, by type, and ``left_out`` what they leave out."""
+        may change. ``more`` has further reducers, by type, and ``left_out`` lists the handles that a
+        pickle meets."""
         fn, arguments, how, budget = call
+        if not self.is_known_again(fn, arguments, how):
+            return None, self.dumps(call, None, more)
+        head = heads.get(fn)
+        if head is None:
+            before = len(left_out)
+            head = self.plainly(fn) if self.goes_by_name(fn) else None
+            head = head or self.dumps(fn, None, more)
+            if len(left_out) > before:
+                # With a handle in it: on Ray its bytes do not say which, and on joblib the worker
+                # would keep the object with it, long after the handle has gone.
+                del left_out[before:]
+                head = b""
+            heads[fn] = head
+        if not head:
+            return None, self.dumps(call, None, more)
+        rest = arguments, how, budget
+        return head, self.plainly(rest) or self.dumps(rest, None, more)
+
+    def is_known_again(self, fn: Any, arguments: Any, how: Any) -> bool:
+        """Whether a function may be sent apart from its arguments, and kept by its bytes."""
         # A method of a list, say, is of the type of C functions, but its list is no part of its name.
-        if type(fn) in _FUNCTIONS and type(getattr(fn, "__self__", None)) in (
-            type(None),
-            ModuleType,
-        ):
-            by_name = self.goes_by_name(fn)
-            are_atoms = not how and _ATOMS.issuperset(map(type, arguments))
-            # What a function by value and its arguments share is to stay shared: they go together.
-            if by_name or are_atoms or not _may_share(fn, arguments, how):
-                body = self.plainly((arguments, how, budget))
-                if body is None:
-                    body = self.dumps((arguments, how, budget), None, more)
-                head = heads.get(fn)
-                if head is None:
-                    before = len(left_out)
-                    head = self.plainly(fn) if by_name else None
-                    head = heads[fn] = head or self.dumps(fn, None, more)
-                    if len(left_out) > before:
-                        # With a handle in it: on Ray its bytes do not say which, and on joblib the
-                        # worker would keep the object with it, long after the handle has gone.
-                        head = heads[fn] = b""
-                if head:
-                    return head, body
-        return None, self.dumps(call, None, more)
+        owner = getattr(fn, "__self__", None)
+        if type(fn) not in _FUNCTIONS or not (owner is None or isinstance(owner, ModuleType)):
+            return False
+        if self.goes_by_name(fn) or (not how and _ATOMS.issuperset(map(type, arguments))):
+            return True
+        # What a function by value and its arguments share is to stay shared: then they go together.
+        return not _may_share(fn, arguments, how)
 
     def unpicklable(self, call: Call, reason: BaseException) -> BaseException:
         """What a task fails with that can't be sent."""
@@ -2925,9 +2939,7 @@ class _EngineBackend(ParallelBackend):
             task_timeout = None
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer must be a callable, not {initializer!r}")
-        for name, value in options.items():
-            if not cls._has_option(name, value):
-                raise _unknown_option(name)
+        cls._check_options(options)
         backend = cls if config is None else cast("type[_EngineBackend]", cls._configured(config))
         bound = backend._n_cpus_local or sys.maxsize
         workers = min(max_workers or backend._default_workers(), bound)
@@ -2936,17 +2948,13 @@ class _EngineBackend(ParallelBackend):
         return ParallelExecutor(backend._engine(wishes), workers, policy, task_timeout)
 
     @classmethod
-    def _has_option(cls, name: str, value: Any) -> bool:
-        """Whether some backend knows it."""
-        return name in TaskOptions.__annotations__
-
-    @classmethod
     def _default_workers(cls) -> int:
         return cls.effective_n_jobs(-1)
 
     @classmethod
     @abc.abstractmethod
-    def _engine(cls, wishes: _Wishes) -> _Engine: ...
+    def _engine(cls, wishes: _Wishes) -> _Engine:
+        """An engine for one executor."""
 
 
 class SequentialParallelBackend(_EngineBackend, backend_name="sequential"):
@@ -3760,18 +3768,18 @@ class _LokyEngine(_Engine):
                 return
             heads: dict[Any, bytes] = {}
             failed: list[tuple[_Work, Reply]] = []
-            for work in works:
-                call = work.call  # None, should it be cancelled meanwhile
-                try:
-                    if work.message is None and call is not None:
-                        with _handles_met() as met:
-                            work.message = _joblib_calls().message(call, heads, None, met)
-                except BaseException as error:
-                    if call is not None:
-                        error = _joblib_calls().unpicklable(call, error)
-                    failed.append((work, ([], error, 0, 0.0)))
-                del call
-            del heads
+            with _handles_met() as met:
+                for work in works:
+                    call = work.call
+                    if work.message is not None or call is None:  # it is cancelled meanwhile
+                        continue
+                    try:
+                        work.message = _joblib_calls().message(call, heads, None, met)
+                    except BaseException as error:
+                        failure = _joblib_calls().unpicklable(call, error)
+                        failed.append((work, ([], failure, 0, 0.0)))
+            call = None  # it holds its arguments
+            del heads, met
             with _engine_lock:
                 # Those taken back meanwhile have another seat, or none.
                 mine = [w for w in works if w.slot is not None and w.slot.worker is worker]
@@ -4432,7 +4440,8 @@ class _RayEngine(_Engine):
         max_workers, options = wishes.workers, wishes.options
         self.held = wishes.setup  # what handles in it refer to must stay
         key = os.urandom(8).hex()
-        self.mark = f"parallel_backend {key} ".encode() if wishes.is_limited else None
+        self.mark = f"parallel_backend {key} " if wishes.is_limited else None
+        self.store = importlib.import_module("ray.experimental.internal_kv")  # where it is left
         self.numbers = itertools.count()
         self.marked: dict[int, _Work] = {}  # what is lent, by number, if there is a mark
         self.seen: dict[bytes, tuple[bytes, float]] = {}  # by worker: its last word, and since when
@@ -4527,10 +4536,9 @@ class _RayEngine(_Engine):
         return work in self.front
 
     def began(self) -> list[tuple[_Work, float]]:
-        store = importlib.import_module("ray.experimental.internal_kv")
         with contextlib.suppress(Exception):  # its head is away, or the session is gone
-            for key in store._internal_kv_list(self.mark):
-                word = store._internal_kv_get(key)
+            for key in self.store._internal_kv_list(self.mark):
+                word = self.store._internal_kv_get(key)
                 if word is not None and word != self.seen.get(key, (b"", 0))[0]:
                     self.seen[key] = word, time.monotonic()
         latest: dict[int, float] = {}  # of its attempts: the worker of an earlier one is gone
@@ -4702,8 +4710,7 @@ class _RayEngine(_Engine):
             while self.stopping and time.monotonic() < deadline and self.lost() is None:
                 self.make_sure(0.02)  # stopped means that its process is gone
             if self.mark is not None:
-                store = importlib.import_module("ray.experimental.internal_kv")
-                store._internal_kv_del(self.mark, del_by_prefix=True)
+                self.store._internal_kv_del(self.mark, del_by_prefix=True)
         self.news.put(None)
         if not self.inside():
             self.waiter.join(0.2)
@@ -4921,7 +4928,7 @@ class _RayEngine(_Engine):
             values: list[Any] = list(self.setup_refs)
             more = self.by_number(values)
             head, body = _ray_calls().message(self.with_handles(call), {}, more, values)
-            mark = None if self.mark is None else (self.mark.decode(), number)
+            mark = None if self.mark is None else (self.mark, number)
             data = pickle.dumps((head, body, (self.executor, mark, self.reraise, self.stays)), 5)
             is_dependent = bool(values)
             made = self.remote(_name(call)).remote(data, *values)
@@ -5087,6 +5094,8 @@ class RayParallelBackend(_EngineBackend, backend_name="ray"):
     given to a task, and to ``get`` and ``wait``, too.
     """
 
+    _uses_options = True
+
     def __init__(self) -> None:
         _started_ray()
         super().__init__()
@@ -5132,12 +5141,6 @@ class RayParallelBackend(_EngineBackend, backend_name="ray"):
 
     def put(self, v: T) -> T:
         return cast("T", _RayHandle(_started_ray().put(v)))
-
-    def _options_for_wrap(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        for name, value in options.items():
-            if not self._has_option(name, value):
-                raise _unknown_option(name)
-        return dict(options)
 
     def _executor_for_wrap(self, options: dict[str, Any]) -> Executor:
         workers = self._n_cpus_local or sys.maxsize
