@@ -1519,15 +1519,8 @@ def printed(name: str, tmp_path: Path) -> list[str]:
     """What the program prints on that backend, a line each."""
     script = tmp_path / "program.py"
     script.write_text(ONE_PROGRAM)
-    env = {**os.environ, "PYTHONPATH": str(HERE), **(ray_address() if name == "ray" else {})}
-    done = subprocess.run(
-        [sys.executable, str(script), name],
-        check=False,
-        env=env,
-        timeout=120,
-        capture_output=True,
-        text=True,
-    )
+    env = {"PYTHONPATH": str(HERE), **(ray_address() if name == "ray" else {})}
+    done = run([sys.executable, script, name], timeout=120, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -2879,14 +2872,8 @@ def test_a_traceback_shows_the_line_of_main_that_failed(engine: Backend, tmp_pat
             """
         )
     )
-    done = subprocess.run(
-        [sys.executable, str(script), name_of(engine)],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "PYTHONPATH": str(HERE), **ray_address()},
-    )
+    env = {"PYTHONPATH": str(HERE), **ray_address()}
+    done = run([sys.executable, script, name_of(engine)], env=env)
     assert done.stdout.count(f'File "{script}", line 6, in inner') == 3, done.stderr
     assert done.stdout.count("return 1 / x  # the inner line") == 3
     assert done.stdout.count("return inner(x)  # the outer line") == 1
@@ -3823,14 +3810,8 @@ def test_tasks_of_main_see_what_an_initializer_of_main_has_set(
 ) -> None:
     script = tmp_path / "state.py"
     script.write_text(STATE)
-    done = subprocess.run(
-        [sys.executable, str(script), name_of(engine)],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "PYTHONPATH": str(HERE), **ray_address()},
-    )
+    env = {"PYTHONPATH": str(HERE), **ray_address()}
+    done = run([sys.executable, script, name_of(engine)], env=env)
     made = "made by a helper"
     seen = (made, {"a": 1, "b": 2}, 5, "set up", made)
     assert done.stdout.splitlines() == [
