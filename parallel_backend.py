@@ -2622,10 +2622,11 @@ class _Calls:
 
     def is_known_again(self, fn: Any, arguments: Any, how: Any) -> bool:
         """Whether a function may be sent apart from its arguments, and kept by its bytes."""
-        # A method of a list, say, is of the type of C functions, but its list is no part of its name.
-        owner = getattr(fn, "__self__", None)
-        if type(fn) not in _FUNCTIONS or not (owner is None or isinstance(owner, ModuleType)):
+        if type(fn) not in _FUNCTIONS:  # nothing is asked of it: it may answer with an error
             return False
+        owner = getattr(fn, "__self__", None)
+        if owner is not None and not isinstance(owner, ModuleType):
+            return False  # a method of a list, say: its list is no part of its name
         if self.goes_by_name(fn) or (not how and _ATOMS.issuperset(map(type, arguments))):
             return True
         # What a function by value and its arguments share is to stay shared: then they go together.
