@@ -163,8 +163,12 @@ def on(names: Iterable[str]) -> Any:
     """A fixture: the backends of those names, one after the other."""
 
     @pytest.fixture(params=names)
-    def chosen(request: pytest.FixtureRequest) -> Backend:
-        return backend_named(request.param, request)
+    def chosen(request: pytest.FixtureRequest) -> Iterator[Backend]:
+        backend = backend_named(request.param, request)
+        yield backend
+        # pytest holds what the last test was given until nothing_left() has looked: the executor
+        # that wrap() keeps, too.
+        backend._background.clear()
 
     return chosen
 
