@@ -128,16 +128,23 @@ _log = logging.getLogger(__name__)
 
 class CancellationPolicy(enum.Flag):
     """What becomes of an executor's tasks when it ends: at the end of its ``with`` block, at
-    ``shutdown()``, when it is dropped, and when the interpreter exits."""
+    ``shutdown()``, when it is dropped, and when the interpreter exits.
+
+    - ``NONE``: all tasks run to their end.
+    - ``PENDING``: tasks not started are cancelled; those running run to their end.
+    - ``RUNNING``: running tasks are stopped, and their workers with them; those not started still run.
+    - ``ALL``: nothing goes on. The executor ends at once, whatever its tasks do.
+
+    ::
+
+        with backend.executor(cancel_futures=CancellationPolicy.ALL) as executor:
+            first = next(as_completed([executor.submit(search, part) for part in parts]))
+    """
 
     NONE = 0
-    """All tasks run to their end."""
     PENDING = 1
-    """Tasks not started are cancelled; those running run to their end."""
     RUNNING = 2
-    """Running tasks are stopped, and their workers with them; those not started still run."""
     ALL = PENDING | RUNNING
-    """Nothing goes on: the executor ends at once, whatever its tasks do."""
 
 
 def _as_policy(value: CancellationPolicy | bool) -> CancellationPolicy:
@@ -158,7 +165,11 @@ def _check_number(name: str, value: object, kinds: Any = int) -> None:
 
 
 class TaskOptions(TypedDict, total=False):
-    """What may be asked for a task: options of Ray's, which the other backends ignore."""
+    """What may be asked for a task: options of Ray's, which the other backends ignore::
+
+    with backend.executor(num_gpus=1, max_retries=0) as executor:
+        executor.submit(train, data)
+    """
 
     accelerator_type: str
     enable_task_events: bool
@@ -233,7 +244,10 @@ def deprecated(
     instead: str = "",
     applies: Callable[[Any], bool] = lambda value: True,
 ) -> Callable[[T], T]:
-    """Deprecate a callable, or some of its arguments.
+    """Deprecate a callable, or some of its arguments::
+
+        @deprecated(True, args_mapping={"jobs": "n_jobs"}, deprecated_in="1.2", remove_in="2.0")
+        def fit(data, jobs=None, n_jobs=1): ...
 
     The warning is attributed to the caller's line, so that Python's filters show it once a place.
     Functions, methods, class and static methods, ``__init__`` and coroutine functions can be
@@ -362,7 +376,9 @@ def _evaluated(cls: type[T]) -> type[T]:
 @dataclass(frozen=True)
 @_evaluated
 class ParallelConfig:
-    """The configuration of old, still honoured; deprecated since 0.9.0, gone in 0.10.0.
+    """The configuration of old, still honoured; deprecated since 0.9.0, gone in 0.10.0::
+
+        backend = init_parallel_backend(ParallelConfig(backend="ray", n_cpus_local=4))
 
     Args:
         backend: name of the backend.
@@ -395,7 +411,9 @@ class ParallelConfig:
 
 
 def available_cpus() -> int:
-    """How many CPUs this process may keep busy, at least 1.
+    """How many CPUs this process may keep busy, at least 1::
+
+        pool = ThreadPoolExecutor(available_cpus())
 
     ``-X cpu_count=…`` or the environment variable ``PYTHON_CPU_COUNT`` decide, upward too, as for
     Python 3.13's :func:`os.process_cpu_count`. Otherwise it is the smallest of
@@ -497,7 +515,12 @@ def _cgroup_quotas(root: str) -> Iterator[tuple[int, int]]:
 
 
 class Handle(abc.ABC, Generic[T]):
-    """What :meth:`ParallelBackend.put` returns, where the engine holds the object for its workers."""
+    """What :meth:`ParallelBackend.put` returns, where the engine holds the object for its workers.
+    Tasks receive the object; where there is a handle in hand, :meth:`ParallelBackend.get` makes one of
+    it::
+
+        assert backend.get(backend.put(42)) == 42
+    """
 
     @abc.abstractmethod
     def load(self, timeout: float | None = None) -> T:
@@ -612,7 +635,9 @@ class ParallelBackend(abc.ABC):
     @overload
     def get(self, v: T, *, timeout: float | None = None) -> T: ...
     def get(self, v: Any, *, timeout: float | None = None) -> Any:
-        """The value behind a handle or a future, or behind each in a list or tuple of them.
+        """The value behind a handle or a future, or behind each in a list or tuple of them::
+
+            scores = backend.get([executor.submit(fit, data, seed) for seed in range(10)], timeout=60)
 
         Lists and tuples may be nested; anything else comes back as it is.
 
@@ -690,7 +715,9 @@ class ParallelBackend(abc.ABC):
     def wait(
         self, v: Sequence[Any], *, num_returns: int = 1, timeout: float | None = None
     ) -> tuple[list[Any], list[Any]]:
-        """Wait until ``num_returns`` of the handles or futures ``v`` are done.
+        """Wait until ``num_returns`` of the handles or futures ``v`` are done::
+
+            done, futures = backend.wait(futures, num_returns=2, timeout=60)
 
         Failed and cancelled ones are done; so is what is no handle at all.
 
@@ -725,7 +752,9 @@ class ParallelBackend(abc.ABC):
 
     @classmethod
     def effective_n_jobs(cls, n_jobs: int | None = -1) -> int:
-        """How many jobs ``n_jobs`` stands for here, by joblib's convention.
+        """How many jobs ``n_jobs`` stands for here, by joblib's convention::
+
+            executor = backend.executor(backend.effective_n_jobs(-2))  # all CPUs but one
 
         ``-1`` or ``None`` is all CPUs, ``-2`` all but one, and so on, never below 1. A positive
         number stands, unless the user has bounded it (``joblib.parallel_config(n_jobs=…)``, a
@@ -821,7 +850,10 @@ def init_parallel_backend(
     config: ParallelConfig | str | None = None, backend_name: str | None = None
 ) -> ParallelBackend:
     """The backend of that name; without one, of the environment variable ``PARALLEL_BACKEND``,
-    else ``"joblib"``.
+    else ``"joblib"``::
+
+        backend = init_parallel_backend("ray")
+        print(backend.get(backend.wrap(pow)(2, 10)))
 
     Args:
         config: a :class:`ParallelConfig`, deprecated since 0.9.0. A string is the backend's name.
@@ -1211,6 +1243,7 @@ class _Map:
         self.starred = starred
         self.chunksize = chunksize
         self.seconds: float | None = None  # of an item, of late
+        self.known = 0  # items in the longest run of which their time is known
         self.blocks: collections.deque[list[Any]] = collections.deque()
         """Items that are in no chunk yet, as they were read; each block in reverse order, so that
         its first items can be cut off at its end, fast, and be held by nobody."""
@@ -1234,7 +1267,7 @@ class _Map:
         # A quarter of a worker's share, so that what turns out longer than expected is spread;
         # but not so few that the overhead counts, nor more than need be for it not to.
         share = left / (4 * self.core.engine.width(self.core.max_workers))
-        return max(int(min(max(share, target / 60 / each), target / each)), 1)
+        return max(int(min(max(share, target / 30 / each), target / each)), 1)
 
     def cut(self) -> _Chunk:
         """The next chunk; under ``_lock``."""
@@ -1251,6 +1284,10 @@ class _Map:
         start, self.first, self.left = self.first, self.first + size, self.left - size
         self.core.uncut -= size
         return _Chunk(self, start, items)
+
+    def grows(self, chunk: _Chunk) -> bool:
+        """Whether a chunk is longer than any whose time is known."""
+        return self.chunksize is None and _count(chunk.call) > self.known
 
     def clear(self) -> Any:
         """Take away the items that are in no chunk; under ``_lock``, so the caller drops them."""
@@ -1273,7 +1310,9 @@ class _Map:
         if begun:
             each = seconds / begun
             if seconds:  # none is known of a lost worker
-                self.seconds = each if self.seconds is None else (self.seconds + each) / 2
+                if self.seconds is None or begun > self.known:
+                    self.seconds, self.known = each, begun
+                self.seconds = (self.seconds + each) / 2
             size = self.size(len(items) - begun + self.left)
         elif len(items) == 1:
             begun = 1
@@ -1630,10 +1669,15 @@ class _Core:
                     if not head.left:
                         self.dropped.append(self.pending.popleft())
                         continue
-                    work: _Work = head.cut()
+                    work: _Work
+                    work = chunk = head.cut()
                     self.works.add(work)
                     if not head.left:
                         self.pending.popleft()
+                    elif head.grows(chunk):
+                        # One at a time, and the next when it is known how long its items take: one
+                        # item's time, most of it not its own, makes a bad measure for all of them.
+                        count = len(taken) + 1
                 else:
                     self.pending.popleft()
                     if head.place is not _PENDING:
@@ -1860,7 +1904,10 @@ class ParallelExecutor(Executor):
         return self._core.engine.width(self._core.max_workers)
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Run ``fn(*args, **kwargs)`` on a worker.
+        """Run ``fn(*args, **kwargs)`` on a worker::
+
+            future = executor.submit(pow, 2, 10)
+            print(executor.submit(abs, future).result(timeout=60))
 
         A future among the arguments is waited for, without a worker, and arrives as its result. If
         it fails, so does this one, with its exception; if it is cancelled, so is this one.
@@ -1888,7 +1935,9 @@ class ParallelExecutor(Executor):
         buffersize: int | None = None,
         ordered: bool = True,
     ) -> Iterator[T]:
-        """Like ``map(fn, *iterables)``, in parallel.
+        """Like ``map(fn, *iterables)``, in parallel::
+
+            for square in executor.map(pow, itertools.count(), itertools.repeat(2), buffersize=64): ...
 
         Args:
             timeout: seconds from now, after which the iterator raises.
@@ -1967,7 +2016,10 @@ class ParallelExecutor(Executor):
     def shutdown(
         self, wait: bool = True, *, cancel_futures: CancellationPolicy | bool | None = None
     ) -> None:
-        """End: take no more tasks, and do with those there are as the policy says.
+        """End: take no more tasks, and do with those there are as the policy says. The ``with`` block
+        does it when it is left::
+
+            executor.shutdown(cancel_futures=CancellationPolicy.ALL)
 
         Args:
             wait: return only when nothing runs any more and the workers are given back.
@@ -3222,7 +3274,14 @@ def _shape(env: dict[str, str]) -> tuple[Any, ...]:
     folder = None
     with contextlib.suppress(OSError):  # it has been removed
         folder = os.getcwd()
-    return folder, tuple(sys.path), tuple({**os.environ, **env}.items())
+    streams: list[tuple[int, int]] = []  # where stdout and stderr lead to
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):  # it is closed
+            status = os.fstat(descriptor)
+            streams.append((status.st_dev, status.st_ino))
+    inherited = {**os.environ, **env}
+    inherited.pop("PYTEST_CURRENT_TEST", None)  # which differs in each test: they may share workers
+    return folder, tuple(sys.path), tuple(inherited.items()), tuple(streams)
 
 
 class _Starter:
@@ -3835,8 +3894,8 @@ class _LokyEngine(_Engine):
         path = None
         if sys.path != worker.process.path:
             path = worker.process.path = list(sys.path)
-            folder, _, environment = worker.process.shape
-            worker.process.shape = folder, tuple(path), environment
+            folder, _, *rest = worker.process.shape
+            worker.process.shape = folder, tuple(path), *rest
         return pickle.dumps((slot, path, self.is_limited, content), 5)
 
     def hear(self, worker: _Worker) -> None:
@@ -4210,31 +4269,46 @@ def _ray_functions(setup: bytes = b"") -> tuple[Callable[..., Any], ...]:
     """What Ray runs, and what that needs; by value, as above. ``setup`` is an initializer's pickle."""
     run, pack, seal, dumper, opener, set_up = _run, _pack, _seal, _dumper, _opener, _set_up
 
-    def shield(ray: Any) -> None:
+    def here() -> dict[Any, Any]:
+        """What is kept in this process, by name; each thread's shelf, by its number."""
+        # By way of a module: functions that go by value have no other place that each can find.
+        import multiprocessing
+
+        process: Any = multiprocessing.current_process()
+        kept: dict[Any, Any] = vars(process).setdefault("parallel_backend", {})
+        return kept
+
+    def tools() -> dict[Any, Any]:
+        """All that work() needs, made once: asked for anew, it would cost more than a short task."""
+        kept = here()
+        if "openers" not in kept:
+            ray = importlib.import_module("ray")
+            # The bare function: what signal makes of its answer takes ten times as long.
+            asked = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
+            kept.update(ray=ray, context=ray.get_runtime_context(), getsignal=asked, handler=None)
+            kept.update(dumps=dumper(ray.cloudpickle), openers={None: opener(pickle.loads)})
+        return kept
+
+    def shield(kept: dict[Any, Any]) -> None:
         """From here on no interrupt meets this task but one that is not about it.
 
         ray.cancel() of a task that has just begun interrupts it, though the driver only wanted it
         back if it had not. Ray interrupts by SIGINT, and so do others, whose handlers get theirs.
         """
-        import multiprocessing
-
-        process: Any = multiprocessing.current_process()  # what functions by value can both find
-        state = process.__dict__.setdefault("parallel_backend_shield", {})
-        context = ray.get_runtime_context()
+        task_id = kept["context"].get_task_id
+        before = kept["getsignal"](signal.SIGINT)
         in_main = threading.current_thread() is threading.main_thread()
-        before = signal.getsignal(signal.SIGINT)
-        if in_main and before is not state.get("handler"):
+        if in_main and before is not kept["handler"]:
 
             def handler(number: int, frame: Any) -> None:
-                if before is signal.SIG_IGN:
+                if before == signal.SIG_IGN:
                     return
-                if context.get_task_id() is None or context.get_task_id() != state["task"]:
+                if task_id() is None or task_id() != kept["task"]:
                     (before if callable(before) else signal.default_int_handler)(number, frame)
 
-            state["task"] = None
-            state["handler"] = handler
+            kept.update(task=None, handler=handler)
             signal.signal(signal.SIGINT, handler)
-        state["task"] = context.get_task_id()
+        kept["task"] = task_id()
 
     def pick(number: int, is_inside: bool) -> Any:
         """What stands in a pickle for a handle, which Ray has to see: it is among the values that
@@ -4244,34 +4318,23 @@ def _ray_functions(setup: bytes = b"") -> tuple[Callable[..., Any], ...]:
 
     def shelf(*values: Any) -> Any:
         """What pick() finds in this thread, after it was put there."""
-        # By way of a module: functions that go by value have no other place that each can find.
-        import multiprocessing
-
-        places = vars(multiprocessing.current_process()).setdefault("parallel_backend_values", {})
+        places = here()
         if values:
             places[threading.get_ident()] = values[0]
         return places.get(threading.get_ident())
 
-    def tools(ray: Any) -> Any:
-        """(dumps, by executor its open_call), for as long as this process lives."""
-        import multiprocessing
-
-        process: Any = multiprocessing.current_process()
-        if not hasattr(process, "parallel_backend_tools"):
-            process.parallel_backend_tools = dumper(ray.cloudpickle), {None: opener(pickle.loads)}
-        return process.parallel_backend_tools
-
     def work(spec: bytes, *values: Any) -> Any:
         """Run a task or a chunk. ``values`` are the objects behind the handles in it."""
-        ray = importlib.import_module("ray")
-        shield(ray)
-        dumps, openers = tools(ray)
+        kept = tools()
+        shield(kept)
+        ray, dumps, openers = kept["ray"], kept["dumps"], kept["openers"]
         head, body, (executor, mark, reraise, stays) = pickle.loads(spec)
 
         def answer(*status: Any, value: Any = None) -> Any:
             return (status, value) if stays else status
 
-        shelf(values)
+        if values:
+            shelf(values)
         try:
             if executor not in openers:
                 try:
@@ -4283,11 +4346,12 @@ def _ray_functions(setup: bytes = b"") -> tuple[Callable[..., Any], ...]:
             except BaseException as reason:
                 return answer(seal(([], reason, 0, 0.0), dumps, []), [], [])
         finally:
-            shelf(None)
+            if values:
+                shelf(None)
         del values
 
         def say(word: bytes) -> None:
-            key = mark[0] + ray.get_runtime_context().get_worker_id()
+            key = mark[0] + kept["context"].get_worker_id()
             importlib.import_module("ray.experimental.internal_kv")._internal_kv_put(key, word)
 
         if mark is not None:
@@ -4303,7 +4367,8 @@ def _ray_functions(setup: bytes = b"") -> tuple[Callable[..., Any], ...]:
             return answer(None, ([], None, begun, seconds), [], value=values[0])
         plain = {bool, int, float, str, bytes, type(None)}
         if error is None and plain.issuperset(map(type, values)):
-            return answer(None, [values, None, begun, seconds], [])  # which Ray need not pickle
+            # Bytes go as they are. Ray's own account of a tuple takes as long as a short task.
+            return pickle.dumps((values, None, begun, seconds), 5)
         # Not left to Ray: it unpickles in its I/O thread, where a failure would go unheard.
         buffers: list[Any] = []
         refs: list[Any] = []
@@ -4377,7 +4442,8 @@ class _RayGate:
         finally:
             with self.turn:
                 self.inside -= 1
-                self.turn.notify_all()
+                if self.is_shut:
+                    self.turn.notify_all()
 
     def watch(self, ray: Any) -> None:
         """Learn of this session's end, which Ray tells nobody. What marks it is a method of Ray's
@@ -4492,6 +4558,10 @@ class _RayEngine(_Engine):
         self.sent = threading.Condition(_engine_lock)  # notified when sending gets smaller
         self.asked: set[Any] = set()  # references that a take_back() has in hand, and nobody else
         self.belled: set[Any] = set()
+        self.is_streaming = (
+            False  # replies come faster than bells ring; with the next, the waiter's
+        )
+        self.heard = 0.0  # when the last ones were handled
         self.more_bells = 0  # than can run: tasks that wait in ray.get() give back their CPUs
         self.refused: dict[Any, float] = {}  # when a take_back() found that one had begun
         self.front: frozenset[_Work] = frozenset()  # what runs, as far as one can know
@@ -4719,11 +4789,10 @@ class _RayEngine(_Engine):
     # The waiter.
 
     def live(self) -> None:
-        last = 0.0
         while not self.closing:
             try:
                 rung = self.rest()
-                last = self.hear_and_lend(rung, last)
+                self.hear_and_lend(rung)
                 del rung
             except BaseException:
                 reason = self.lost()
@@ -4736,49 +4805,67 @@ class _RayEngine(_Engine):
             self.core.settle()
 
     def rest(self) -> set[Any]:
-        """Wait for news; the references that rang."""
+        """Wait for news, unless replies stream in; the references that rang."""
         rung = set()
         with contextlib.suppress(queue.Empty):
-            # Nobody tells us that the cluster has grown, or that the session has ended. Only while
-            # tasks are lent: an idle executor wakes up for nothing.
-            timeout = 0.02 if self.stopping else 1.0 if self.lent else None
-            rung.add(self.news.get(timeout=timeout))
+            if not self.is_streaming:
+                self.hang_bells()
+                # Nobody tells us that the cluster has grown, or that the session has ended. Only
+                # while tasks are lent: an idle executor wakes up for nothing.
+                timeout = 0.02 if self.stopping else 1.0 if self.lent else None
+                rung.add(self.news.get(timeout=timeout))
             while True:
                 rung.add(self.news.get_nowait())
         self.woken = False  # before we look for work: whoever finds it set, is seen to
         rung.discard(None)
         return rung
 
-    def hear_and_lend(self, rung: set[Any], last: float) -> float:
-        """Handle what has ended, and lend as much as there may be; when that was."""
+    def hang_bells(self) -> None:
+        """Let the end of whatever can run wake the waiter: of the oldest, and of those out of order."""
+        with _engine_lock:
+            count = max(self.capacity, 4) + len(self.dependents) + self.more_bells
+            refs = [ref for ref in islice(self.lent, count) if ref not in self.belled]
+            self.belled.update(refs)
+        for ref in refs:
+            self.ring_for(ref)
+
+    def ring_for(self, ref: Any) -> None:
+        put = self.news.put
+        _when_done(ref, lambda _: put(ref))
+
+    def hear_and_lend(self, rung: set[Any]) -> None:
+        """Handle what has ended, and lend as much as there may be."""
         # Asked again before each call: Ray would start a cluster of its own to answer it.
         reason = self.lost()
         if reason is not None:
             self.fail_all(reason)
-            return 0.0
+            return
         self.make_sure(0)
         with _engine_lock:
-            head = list(islice(self.lent, _RAY_WINDOW))
-        if rung and len(head) > _RAY_GATHER and time.monotonic() < last + 0.003:
-            # They come fast: to wait for some more costs less than to look at each by itself.
-            self.wait(head, num_returns=_RAY_GATHER, timeout=0.01, fetch_local=False)
+            head = [ref for ref in islice(self.lent, _RAY_WINDOW) if ref not in self.asked]
+        ready: list[Any] = []
+        comes_fast = self.is_streaming or (rung and time.monotonic() < self.heard + 0.003)
+        if comes_fast and len(head) > _RAY_GATHER:
+            # To wait for some more costs less than to look at each by itself, or to hear its bell.
+            ready = self.wait(head, num_returns=_RAY_GATHER, timeout=0.01, fetch_local=False)[0]
+        self.is_streaming = len(ready) > 2
         any_rang = bool(rung)
-        rung.update(head)
-        del head
+        if not self.is_streaming:
+            rung.update(head)
+        rung.difference_update(ready)
         with _engine_lock:
             refs = [ref for ref in rung if ref in self.lent and ref not in self.asked]
         if refs:
-            ready = self.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[0]
-            if not any_rang and not self.belled.issuperset(ready):
-                self.more_bells = (
-                    2 * self.more_bells + _RAY_GATHER
-                )  # it was not heard when it ended
-            if ready:
-                self.hear(ready)
-        del refs, rung
-        heard = time.monotonic()
+            late = self.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[0]
+            if not any_rang and not ready and not self.belled.issuperset(late):
+                # It was not heard when it ended.
+                self.more_bells = 2 * self.more_bells + _RAY_GATHER
+            ready += late
+        if ready:
+            self.hear(ready)
+        del head, refs, rung, ready
+        self.heard = time.monotonic()
         self.lend()
-        return heard
 
     def hear(self, ready: list[Any]) -> None:
         values: dict[Any, Any] = {}
@@ -4819,7 +4906,10 @@ class _RayEngine(_Engine):
         name, count = _name(work.call), _count(work.call)
         errors = self.ray.exceptions
         try:
-            data, *rest = get()
+            answer = get()
+            if isinstance(answer, bytes):
+                return cast("Reply", pickle.loads(answer))
+            data, *rest = answer
             if data == "failed":  # to set up its worker
                 raised = _unpack(rest[0], "the initializer", 1)
                 failure = _initializer_failed(raised or RuntimeError("unknown"))
@@ -4881,7 +4971,7 @@ class _RayEngine(_Engine):
                 ]
             if late:
                 self.take_back(late)
-        while True:
+        while self.lost() is None:  # or Ray would join another session, to run what is of this one
             with _engine_lock:
                 works = self.core.take(min(window - len(self.lent), _RAY_GATHER))
                 self.sending.update(works)
@@ -4900,17 +4990,8 @@ class _RayEngine(_Engine):
         with _engine_lock:
             room = min(self.capacity, self.max_workers)
             self.front = frozenset(islice(self.lent.values(), room))
-            count = max(self.capacity, 4) + len(self.dependents) + self.more_bells
-            for ref in islice(self.lent, count):
-                if ref not in self.belled:
-                    self.belled.add(ref)
-                    self.ring_for(ref)
             if not self.lent:
                 self.more_bells = 0
-
-    def ring_for(self, ref: Any) -> None:
-        put = self.news.put
-        _when_done(ref, lambda _: put(ref))
 
     def send(self, work: _Work) -> list[tuple[_Work, Reply]]:
         """Submit it to Ray; it stands in ``sending``, and nobody takes it back until it is sent. What
@@ -4922,8 +5003,6 @@ class _RayEngine(_Engine):
         is_dependent = False
         number = next(self.numbers)
         try:
-            if (reason := self.lost()) is not None:
-                raise reason
             # In one piece: several arguments take Ray longer. What is behind handles, Ray has to see:
             # it fetches it before the task starts, places the task near it, and counts and frees it.
             values: list[Any] = list(self.setup_refs)
@@ -5169,15 +5248,11 @@ class RayParallelBackend(_EngineBackend, backend_name="ray"):
 # --- the self-test ----------------------------------------------------------------------------
 
 
-def _checks(name: str) -> Iterator[tuple[str, bool]]:
+def _checks(backend: ParallelBackend, cancels: bool) -> Iterator[tuple[str, bool]]:
     """(what is checked, whether it holds), one after the other, for a backend."""
     wait = 60  # seconds, for an answer that should take none
-    if name == "ray":
-        _started_ray(logging_level=logging.ERROR, log_to_driver=False)
-    backend = init_parallel_backend(name)
-    yield "start", True
     with backend.executor() as executor:
-        yield "first task", executor.submit(lambda: 6 * 7).result(wait) == 42
+        yield "worker starts, one task", executor.submit(lambda: 6 * 7).result(wait) == 42
         squares = executor.map(pow, range(1000), [2] * 1000, timeout=wait)
         yield "map of 1,000 items", list(squares) == [number**2 for number in range(1000)]
         error = executor.submit(divmod, 1, 0).exception(wait)
@@ -5189,7 +5264,6 @@ def _checks(name: str) -> Iterator[tuple[str, bool]]:
     yield "put and get of 1 MiB", length == len(value) and got == value
     for policy in map(CancellationPolicy, range(4)):
         # In this process, all is done before there is anything to cancel.
-        cancels = name != "sequential"
         pends = cancels and CancellationPolicy.PENDING in policy
         runs = cancels and CancellationPolicy.RUNNING in policy
         with backend.executor(1, cancel_futures=policy) as executor:
@@ -5202,6 +5276,56 @@ def _checks(name: str) -> Iterator[tuple[str, bool]]:
             f"cancellation: {policy.name}",
             (pending.cancelled(), running.cancelled()) == (pends, runs),
         )
+
+
+def _costs(backend: ParallelBackend) -> Iterator[tuple[str, str]]:
+    """(what it is, how much), for whoever wants to know which tasks are worth their while here."""
+    clock = time.perf_counter
+    with backend.executor() as executor:
+        yield "max_workers, by default", str(executor._max_workers)
+        for count in (100, 1000):  # the first ones start all workers
+            started = clock()
+            backend.get([executor.submit(abs, number) for number in range(count)])
+            seconds = (clock() - started) / count
+        yield "a task costs", f"{_amount(seconds)}: make yours longer than {_amount(40 * seconds)}"
+        started = clock()
+        collections.deque(executor.map(abs, range(50_000)), maxlen=0)
+        yield "an item of a map", _amount((clock() - started) / 50_000)
+    try:
+        started = clock()
+        handle = backend.put(pickle.PickleBuffer(bytearray(10**8)))  # goes as arrays do
+        seconds = clock() - started
+        started = clock()
+        backend.get(backend.wrap(lambda data: memoryview(data).nbytes)(handle))
+        yield (
+            "put of 100 MB",
+            f"{_amount(seconds)}, and {_amount(clock() - started)} to its first task",
+        )
+    except (OSError, MemoryError) as error:
+        yield "put of 100 MB", str(error)
+
+
+def _amount(seconds: float) -> str:
+    """With two digits, in the unit that suits."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size or unit == "µs":
+            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
+    raise AssertionError
+
+
+def _surroundings(name: str) -> str:
+    """What there is for the backend of that name, and whether we had to start it."""
+    if name == "joblib":
+        if not hasattr(os, "statvfs") or not os.path.isdir("/dev/shm"):
+            return "put writes to the temporary directory"
+        room = os.statvfs("/dev/shm")
+        return f"{room.f_bavail * room.f_frsize / 1e9:.1f} GB free in shared memory"
+    if name == "ray":
+        ray = _started_ray(logging_level=logging.ERROR, log_to_driver=False)
+        # Private: nothing public says who has started a cluster.
+        is_ours = getattr(getattr(ray._private.worker, "_global_node", None), "head", False)
+        return f"{'started here' if is_ours else 'found'}; nodes: {len(ray.nodes())}"
+    return "in this process"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -5243,10 +5367,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name} {version}".rstrip())
         started = time.perf_counter()
         try:
-            for what, holds in _checks(name):
+            say("where", _surroundings(name))
+            backend = init_parallel_backend(name)
+            say("start", "ok", time.perf_counter() - started)
+            started = time.perf_counter()
+            for what, holds in _checks(backend, cancels=name != "sequential"):
                 say(what, "ok" if holds else "FAILED", time.perf_counter() - started)
                 failed += [] if holds else [name]
                 started = time.perf_counter()
+            for what, amount in _costs(backend):
+                say(what, amount)
         except Exception:
             traceback.print_exc(file=sys.stdout)
             failed.append(name)

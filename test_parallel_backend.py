@@ -74,6 +74,7 @@ class Traits:
     own_workers: bool = True  # they end with the program, and add nothing to its stderr
     has_files: bool = True  # in which put() keeps what is large
     shows_stack: bool = True  # of a task that is stopped for its limit, on stderr
+    slowness: int = 1  # of its tasks, by which tests divide how many they run
     cpus: int | None = None  # of its cluster, which bound n_jobs; None: this machine's, no bound
     once: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Options by which what a lost worker has begun is not run again; none: it never is."""
@@ -94,6 +95,7 @@ TRAITS = {
         own_workers=False,
         has_files=False,
         shows_stack=False,
+        slowness=5,
         cpus=4,
         once={"max_retries": 0},
         half={"num_cpus": 0.5},
@@ -109,6 +111,11 @@ def name_of(backend: Backend) -> str:
 
 def traits_of(backend: Backend) -> Traits:
     return TRAITS[name_of(backend)]
+
+
+def many(backend: Backend, count: int) -> int:
+    """As many as there are seconds for."""
+    return max(count // traits_of(backend).slowness, 1)
 
 
 @pytest.fixture(scope="session")
@@ -271,7 +278,7 @@ def loop_in_c(folder: Path, name: str) -> None:
     sum(itertools.repeat(1, 10**12))
 
 
-def leave_a_trace(path: str, name: int, seconds: float) -> int:
+def leave_a_trace(path: str, name: int, seconds: float, *_: object) -> int:
     """A task that says when it begins and ends; whole lines, for each is one write."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
@@ -666,6 +673,9 @@ def test_self_test_passes_on_what_is_installed(capsys: Any, ray_cluster: Any) ->
     assert pb.main([]) == 0
     out = capsys.readouterr().out
     assert out.count(" ok ") == 9 * 3, out
+    assert len(re.findall(r"a task costs +[\d.]+ .?s: make yours longer than", out)) == 3
+    assert len(re.findall(r"put of 100 MB +[\d.]+ ", out)) == 3 and "in shared memory" in out
+    assert "found; nodes: 1" in out or "started here; nodes: 1" in out
     assert out.endswith("All that is installed works.\n")
 
 
@@ -1225,17 +1235,18 @@ def test_own_backend_with_a_bare_executor(kind, registry, tmp_path):
 
 def test_a_chain_and_a_tree_longer_than_there_are_workers(backend: Backend) -> None:
     with backend.executor(2) as executor:
+        count = many(backend, 1000)
         last = executor.submit(int)
-        for _ in range(1000):
+        for _ in range(count):
             last = executor.submit(int.__add__, last, 1)
-        leaves = [executor.submit(int) for _ in range(1000)]
+        leaves = [executor.submit(int) for _ in range(count)]
         while len(leaves) > 1:
             pairs = itertools.zip_longest(leaves[::2], leaves[1::2], fillvalue=1)
             leaves = [executor.submit(int.__add__, a, b) for a, b in pairs]
-        assert last.result(LONG) == 1000
+        assert last.result(LONG) == count
         assert isinstance(leaves[0].result(LONG), int)
         failing = executor.submit(divmod, 1, 0)
-        for _ in range(1000):
+        for _ in range(count):
             failing = executor.submit(int.__add__, failing, 1)
         with pytest.raises(ZeroDivisionError):
             failing.result(LONG)
@@ -2176,7 +2187,7 @@ def meet(folder: Path, mine: str, other: str) -> float:
 
 def test_tasks_that_wait_for_each_other_meet(parallel: Backend, tmp_path: Path) -> None:
     with parallel.executor(2) as executor:
-        for n in range(10):
+        for n in range(many(parallel, 10)):
             futures = [executor.submit(identity, n) for n in range(300)]
             pair = [
                 executor.submit(meet, tmp_path, f"{n}a", f"{n}b"),
@@ -2746,13 +2757,14 @@ def test_a_death_costs_what_had_begun(engine: Backend, tmp_path: Path) -> None:
     with engine.executor(2, **traits_of(engine).once) as executor:
         wait([executor.submit(identity, n) for n in range(300)], LONG)
         futures = []
-        for n in range(2000):
+        count = many(engine, 2000)
+        for n in range(count):
             futures.append(executor.submit(leave_a_trace, str(trace), n, 0))
             if n % 200 == 100:
                 futures.append(executor.submit(leave))
         assert wait(futures, LONG).not_done == set()
-    assert len([future for future in futures if future.exception()]) == 10
-    assert sorted(begun_in(trace)) == list(range(2000)), "each once"
+    assert len([future for future in futures if future.exception()]) == count // 200
+    assert sorted(begun_in(trace)) == list(range(count)), "each once"
 
 
 def test_a_fresh_worker_takes_over_what_waits_behind_a_long_task(
@@ -2760,7 +2772,7 @@ def test_a_fresh_worker_takes_over_what_waits_behind_a_long_task(
 ) -> None:
     with engine.executor(2, **traits_of(engine).once) as executor:
         wait([executor.submit(identity, n) for n in range(300)], LONG)
-        for n in range(5):
+        for n in range(many(engine, 5)):
             folder = tmp_path / str(n)
             folder.mkdir()
             long = executor.submit(gated, folder, "long")
@@ -3670,7 +3682,7 @@ def test_twenty_of_a_thousand_over_the_limit(engine: Backend) -> None:
         return n
 
     with engine.executor(2, task_timeout=0.3) as executor:
-        futures = [executor.submit(task, n) for n in range(1000)]
+        futures = [executor.submit(task, n) for n in range(many(engine, 1000))]
         for n, future in enumerate(futures):
             if n % 50 == 25:
                 assert isinstance(future.exception(LONG), TimeoutError)
@@ -5780,9 +5792,17 @@ def test_threads_of_numpy_in_two_workers(
 def soak_once(backend: Backend, random: Any, trace: Path) -> str:
     """One executor, with everything done to it that one can do, and all accounts settled."""
     policy = random.choice(list(Policy) + [Policy.NONE, Policy.ALL])
-    executor = backend.executor(random.randint(1, 4), cancel_futures=policy)
+    limit = random.choice([None, None, 0.5])
+    asked = {
+        "task_timeout": limit,
+        "max_tasks_per_child": random.choice([None, None, 20, 100]),
+        "initializer": random.choice([None, None, None, gc.collect]),
+    }
+    executor = backend.executor(random.randint(1, 4), cancel_futures=policy, **asked)
     stops = Policy.RUNNING in policy
     futures: dict[int, Future[Any]] = {}
+    parents: dict[int, Future[Any]] = {}
+    endless: set[int] = set()  # but for the limit
     told: list[Any] = []
     numbers = itertools.count()
     is_over = threading.Event()
@@ -5794,7 +5814,15 @@ def soak_once(backend: Backend, random: Any, trace: Path) -> str:
             for _ in range(random.choice([20, 100, 400])):
                 name = next(numbers)
                 seconds = random.choice([0, 0, 0, 0.0005, 0.002, 0.002, 0.03])
-                futures[name] = future = executor.submit(leave_a_trace, str(trace), name, seconds)
+                if limit and random.random() < 0.01:
+                    seconds = 600
+                    endless.add(name)
+                given: list[Any] = []
+                if futures and random.random() < 0.1:
+                    given = [random.choice(list(futures.values()))]
+                    parents[name] = given[0]
+                future = executor.submit(leave_a_trace, str(trace), name, seconds, *given)
+                futures[name] = future
                 future.add_done_callback(told.append)
                 if random.random() < 0.1:
                     random.choice(list(futures.values())).cancel()
@@ -5850,20 +5878,32 @@ def soak_once(backend: Backend, random: Any, trace: Path) -> str:
     begun, ended = ([int(n) for what, n, _ in lines if what == each] for each in ("begin", "end"))
     counts = {n: begun.count(n) for n in set(begun)}
     outcomes = {n: outcome(future) for n, future in futures.items()}
-    failed = [n for n, how in outcomes.items() if how == "failed"]
+    heirs = {n for n, parent in parents.items() if outcome(parent) == outcomes[n] != "done"}
+    errors = {n: futures[n].exception(0) for n in {*outcomes} - heirs if outcomes[n] == "failed"}
+    failed = [n for n, error in errors.items() if isinstance(error, BrokenProcessPool)]
+    late = [n for n, error in errors.items() if isinstance(error, TimeoutError)]
     retries = kills if traits_of(backend).once else 0  # of what a killed worker has begun
     assert set(outcomes.values()) <= {"done", "failed", "cancelled"}, "unaccounted for"
     assert sorted(map(id, told)) == sorted(map(id, futures.values())), "told once"
-    for n in failed:
-        assert isinstance(futures[n].exception(0), BrokenProcessPool)
+    assert len(errors) == len(failed) + len(late)
+    assert limit or not late
+    for n in heirs:
+        assert n not in counts, "it had nothing to begin with"
+        if outcomes[n] == "failed":
+            assert futures[n].exception(0) is parents[n].exception(0)
     for n, how in outcomes.items():
         if how == "done":
-            assert n in ended and futures[n].result(0) == n
+            assert n in ended and n not in endless and futures[n].result(0) == n
         if how == "cancelled" and not stops:
             assert n not in counts or retries, f"{n} was cancelled, and has begun"
     assert retries or len(failed) <= kills, "at most one lost a kill"
     assert all(count <= 1 + retries for count in counts.values()), "begun once"
-    return f"{policy.name} {len(futures)} futures, {len(failed)} lost to {kills} kills"
+    said = ", ".join(f"{key}={value}" for key, value in asked.items() if value is not None)
+    cancelled = sum(how == "cancelled" for how in outcomes.values())
+    return (
+        f"{policy.name} {said}: {len(futures)} futures, {cancelled} cancelled, {len(late)} late, "
+        f"{len(failed)} lost to {kills} kills"
+    )
 
 
 @pytest.mark.soak
