@@ -4504,6 +4504,11 @@ class _RayEngine(_Engine):
 
     def __init__(self, ray: Any, wishes: _Wishes, stays: bool) -> None:
         self.ray = ray
+        self.nudge = ray.put(None)  # something that is there, for callbacks in the I/O thread
+        self.ref_type = type(self.nudge)
+        # Ray Client's references are of their own type. There is no I/O thread behind them: what comes
+        # from the cluster comes in one thread of the client's, in which a call to Ray waits for itself.
+        self.is_client = self.ref_type is not ray.ObjectRef
         max_workers, options = wishes.workers, wishes.options
         self.held = wishes.setup  # what handles in it refer to must stay
         key = os.urandom(8).hex()
@@ -4551,7 +4556,6 @@ class _RayEngine(_Engine):
         self.context = ray.get_runtime_context()  # asking it does not start Ray, as asking ray does
         self.session = self.identity()
         _broken("")  # imports what can't be imported any more when the interpreter exits
-        self.nudge = ray.put(None)  # something that is there, for callbacks in the I/O thread
         self.lent: dict[Any, _Work] = {}
         """By reference, oldest first; with what follows under _engine_lock."""
         self.sending: set[_Work] = set()  # taken, and without a reference yet
@@ -4582,8 +4586,8 @@ class _RayEngine(_Engine):
             self.io_thread = threading.get_ident()
             learnt.set()
 
-        if hasattr(self.nudge, "_on_completed"):
-            self.nudge._on_completed(note)
+        if not self.is_client:
+            _when_done(self.nudge, note)
             learnt.wait(1)  # in vain, if this is that thread
 
     # What the core calls.
@@ -4648,7 +4652,7 @@ class _RayEngine(_Engine):
             values.append([reference])
             return leave_out(len(values) - 1, True)
 
-        kinds = self.ray.ObjectRef, self.ray.actor.ActorHandle
+        kinds = self.ref_type, self.ray.actor.ActorHandle
         return {_RayHandle: handle, **dict.fromkeys(kinds, reference)}
 
     def take_back(self, works: list[_Work]) -> None:
@@ -4677,8 +4681,9 @@ class _RayEngine(_Engine):
         """Ask Ray for them; those that it has not given to a worker, nor will."""
         if not self.in_io_thread(lambda: self.cancel_all(refs)):
             return set()
+        seconds = 0.5 if self.is_client else 0  # it hears of them later
         try:
-            ready = self.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[0]
+            ready = self.wait(refs, num_returns=len(refs), timeout=seconds, fetch_local=False)[0]
         except self.ray.exceptions.RayError:
             return set()  # the session is gone: the waiter ends them
         return {ref for ref in ready if self.was_never_begun(ref)}
@@ -4724,8 +4729,8 @@ class _RayEngine(_Engine):
             finally:
                 over.set()
 
-        if threading.get_ident() == self.io_thread or not hasattr(self.nudge, "_on_completed"):
-            call()  # we are there; or the references of Ray Client know no such thread
+        if threading.get_ident() == self.io_thread or self.is_client:
+            call()  # we are there, or can't be
         else:
             try:
                 _when_done(self.nudge, call)
@@ -5036,7 +5041,7 @@ class _RayEngine(_Engine):
     def with_handles(self, call: Call) -> Call:
         """As an argument, or an item of a map, one of Ray's own references means its object, too."""
         fn, arguments, how, budget = call
-        kind = self.ray.ObjectRef
+        kind = self.ref_type
 
         def handles(values: Iterable[Any]) -> list[Any]:
             return [_RayHandle(value) if type(value) is kind else value for value in values]
@@ -5119,10 +5124,7 @@ def _ray_cause(error: Any) -> BaseException:
 
 def _when_done(ref: Any, callback: Callable[[Any], None]) -> None:
     """Call it in Ray's I/O thread when there is an object or an error behind ``ref``."""
-    if hasattr(ref, "_on_completed"):
-        _ray_gate.call(ref._on_completed, callback)  # private, but there since Ray 1.0
-    else:  # Ray Client's
-        ref.future().add_done_callback(callback)
+    _ray_gate.call(ref._on_completed, callback)  # private, but there since Ray 1.0
 
 
 class _RayHandle(Handle[Any]):

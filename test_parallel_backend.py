@@ -6096,6 +6096,19 @@ def test_measure() -> None:
         ours = seconds_for(submit_all, executor, nap, 200, 0.01)
         table.share("submit of 10 ms tasks, ray", theirs, ours, ">= 0.95", "raw ray")
 
+    each_option = {"initializer": gc.collect}, {"max_tasks_per_child": 10_000}, {"task_timeout": 60}
+    for backend, name in both:
+        n = many(backend, 5000)
+        with backend.executor() as executor:
+            submit_all(executor, noop, 500)
+            theirs = n / seconds_for(submit_all, executor, noop, n)
+        for option in each_option:
+            with backend.executor(**option) as executor:
+                submit_all(executor, noop, 500)
+                ours = n / seconds_for(submit_all, executor, noop, n)
+            what = f"submit of no-ops with {next(iter(option))}, {name}"
+            table.rate(what, "without", theirs, ours, "")
+
     items = 100_000
     parallel = joblib.Parallel(n_jobs=cpus)
 
