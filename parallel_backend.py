@@ -950,20 +950,24 @@ def _later_signals() -> Iterator[None]:
     """Handle a signal that comes in here when it is left. Where a handler raised between a task's
     leaving one place and its coming to the next, it would be nobody's, and the end would wait for it."""
     handlers: dict[Any, Any] = {}
-    if threading.current_thread() is threading.main_thread():  # in any other, none are handled
-        for number in filter(None, _RAISING):
-            if callable(handler := signal.getsignal(number)):
-                handlers[number] = handler
     came: list[Any] = []
-    try:
-        for number in handlers:
-            signal.signal(number, lambda *signal_and_frame: came.append(signal_and_frame))
+
+    def replay() -> None:
+        with contextlib.ExitStack() as each:
+            for number, frame in reversed(came):
+                each.callback(handlers[number], number, frame)
+
+    # A stack goes on where one of its callbacks raises: each handler is put back, even if the first of
+    # them is called, and raises, before the second one is.
+    with contextlib.ExitStack() as stack:
+        stack.callback(replay)
+        if threading.current_thread() is threading.main_thread():  # in any other, none are handled
+            for number in filter(None, _RAISING):
+                if callable(handler := signal.getsignal(number)):
+                    handlers[number] = handler
+                    stack.callback(signal.signal, number, handler)
+                    signal.signal(number, lambda *signal_and_frame: came.append(signal_and_frame))
         yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number, frame in came:
-            handlers[number](number, frame)
 
 
 Call = tuple["Callable[..., Any]", Any, Any, "float | None"]
@@ -1344,6 +1348,13 @@ class _Map:
         del gone
 
 
+def _first(entries: collections.deque[T]) -> list[T]:
+    """Take the first one out, unless another thread was faster."""
+    with contextlib.suppress(IndexError):
+        return [entries.popleft()]
+    return []
+
+
 class _Core:
     """The state of an executor: what is pending, what is lent, and how far it is to its end.
 
@@ -1419,7 +1430,8 @@ class _Core:
                 self.engine.feed()
         except BaseException:
             if isinstance(new, _Task) and new.place is _PENDING:
-                self.works.discard(new)  # a Ctrl-C: nobody gets its future, but take() may meet it
+                with _lock:
+                    self.works.discard(new)  # a Ctrl-C: nobody gets its future, but take() may
             self.hungry = True  # whoever was to be fed, may not have been
             raise
 
@@ -1447,8 +1459,9 @@ class _Core:
             for future in futures:
                 future.add_done_callback(functools.partial(self.arrive, task))
         except BaseException:
-            task.place = _DONE  # a Ctrl-C: nobody gets its future, and release() passes it over
-            self.works.discard(task)
+            with _lock:
+                task.place = _DONE  # a Ctrl-C: nobody gets its future, and release() passes it over
+                self.works.discard(task)
             raise
 
     def arrive(self, task: _Task, _: Future[Any]) -> None:
@@ -1497,10 +1510,10 @@ class _Core:
             elif place is _CANCELLED:
                 task.reason = "a future among its arguments was cancelled"
                 self.untold.append(task)
+            else:
+                self.fail(task, cast("BaseException", failure))
         if hungry:
             self.engine.feed()
-        if failure is not None:
-            self.end([(task, ([], failure, 1, 0.0))])
         self.settle()
 
     def withdraw(self, works: Sequence[_Work], stop: bool, reason: str) -> None:
@@ -1598,6 +1611,9 @@ class _Core:
         """As :meth:`ParallelExecutor.kill_workers` says."""
         from concurrent.futures.process import BrokenProcessPool
 
+        if _under_a_lock():
+            self.defer(functools.partial(self.kill, what))
+            return
         with _lock:
             lent = [work for work in self.works if work.place is _LENT]
             for work in lent:
@@ -1779,14 +1795,10 @@ class _Core:
         self.settling.add(thread)
         try:
             while self.untold or self.dropped or self.deferred:
-                # Another thread may be faster at any of them.
-                with contextlib.suppress(IndexError):
-                    self.deferred.popleft()()
-                with contextlib.suppress(IndexError):
-                    self.dropped.popleft()
-                if self.untold:
-                    with contextlib.suppress(IndexError):
-                        self.tell([self.untold.popleft()])
+                for what in _first(self.deferred):
+                    what()
+                _first(self.dropped)
+                self.tell(_first(self.untold))
         finally:
             self.settling.discard(thread)
 
@@ -2008,7 +2020,9 @@ class ParallelExecutor(Executor):
                         finally:
                             del failure  # it holds this frame
             finally:
-                if index < source.first + source.left:
+                with _lock:  # lest a chunk be cut just between the two
+                    read_so_far = source.first + source.left
+                if index < read_so_far:
                     source.abandon()
 
         return results()
@@ -2049,11 +2063,12 @@ def _drop(core: _Core) -> None:
 
 def _end_all() -> None:
     """At exit: apply the policies, to all executors first, so that they end side by side."""
-    cores = list(_Core.live)
-    for core in cores:
-        core.shutdown(wait=False)
-    for core in cores:
-        core.shutdown()
+    with contextlib.ExitStack() as each:  # of them all, even if a callback raises
+        cores = list(_Core.live)
+        for core in cores:
+            each.callback(core.shutdown)
+        for core in cores:
+            each.callback(core.shutdown, wait=False)  # these first
 
 
 def _at_exit(function: Callable[[], None], priority: int = 100) -> None:
@@ -2104,19 +2119,25 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
         values: list[Any] = []
         error = None
         clock = time.perf_counter
+
+        def run_block(items: list[Any]) -> None:
+            # In C, and extend() keeps what came before an exception.
+            expected = len(values) + len(items)
+            values.extend(itertools.starmap(fn, items) if how else map(fn, items))
+            if len(values) < expected:
+                raise StopIteration  # of fn's own, which extend() has taken for the end
+
         started = clock()
         try:
             if budget is None:
                 values.append(fn(*arguments, **how))
             elif budget == float("inf"):
-                values.extend(itertools.starmap(fn, arguments) if how else map(fn, arguments))
+                run_block(arguments)
             else:
-                # In blocks that take an eighth of the budget, so that C code runs them and the
-                # clock costs nothing. extend() keeps what came before an exception.
+                # In blocks that take an eighth of the budget, so that the clock costs nothing.
                 size = 1
                 while len(values) < len(arguments):
-                    block = arguments[len(values) : len(values) + size]
-                    values.extend(itertools.starmap(fn, block) if how else map(fn, block))
+                    run_block(arguments[len(values) : len(values) + size])
                     spent = clock() - started
                     if spent > budget:
                         break
@@ -2837,6 +2858,13 @@ class _InlineEngine(_Engine):
         return self.depth > 0 and cast("Any", self.turn)._is_owned()  # as in _under_a_lock()
 
 
+@functools.cache
+def _end_before_threads() -> None:
+    """Pools of threads take no task at the interpreter's exit, so executors over them end earlier."""
+    with contextlib.suppress(RuntimeError, AttributeError):
+        cast("Any", threading)._register_atexit(_end_all)  # private, but what those pools use
+
+
 class _OverEngine(_Engine):
     """Any other executor: it gets as many tasks as it can run, and gives back by Future.cancel().
 
@@ -2849,14 +2877,14 @@ class _OverEngine(_Engine):
         self.max_workers = max_workers
         self.inner: dict[_Work, Future[Any] | None] = {}
         """What was lent, and its future; None while it is submitted. Under _engine_lock."""
-        self.submitted = threading.Condition(_engine_lock)  # notified when one is None no more
-        self.returning: Future[Any] | None = None  # the one that take_back() is about to cancel
+        self.asked: set[_Work] = set()  # which take_back() has in hand, and nobody else
+        self.moved = threading.Condition(
+            _engine_lock
+        )  # notified when one is None no more, or asked
         self.news: queue.SimpleQueue[tuple[_Work, Future[Any]] | None] = queue.SimpleQueue()
         """What has ended; None: look for work."""
         self.closing = False
-        # Pools of threads take no task at the interpreter's exit. Private, but what they use.
-        with contextlib.suppress(RuntimeError, AttributeError):
-            cast("Any", threading)._register_atexit(_end_all)
+        _end_before_threads()
         self.thread = threading.Thread(target=self.live, name="parallel_backend over", daemon=True)
         self.thread.start()
 
@@ -2872,8 +2900,12 @@ class _OverEngine(_Engine):
             with contextlib.suppress(queue.Empty):
                 while True:
                     news.append(self.news.get_nowait())
-            self.hear([each for each in news if each is not None])
-            self.lend()
+            try:
+                self.hear([each for each in news if each is not None])
+                self.lend()
+            except Exception:
+                # Of ours, or the executor's. A thread that ends would leave all waiting.
+                _log.critical("Exception in the thread over an executor", exc_info=True)
             self.core.settle()
             del news
 
@@ -2881,16 +2913,23 @@ class _OverEngine(_Engine):
         outcomes: list[tuple[_Work, Reply]] = []
         with _engine_lock:
             for work, inner in ended:
-                if self.inner.get(work) is not inner:
-                    continue  # put back
+                if self.inner.get(work) is not inner or work in self.asked:
+                    continue  # put back, or about to be; if not, take_back() says so
                 del self.inner[work]
                 if inner.cancelled():
                     self.core.stopped(work)  # not by us: a dask client that closes, say
                 elif (error := inner.exception()) is not None:
-                    outcomes.append((work, ([], error, _count(work.call), 0.0)))
+                    outcomes.append((work, self.not_run(work, error)))
                 else:
                     outcomes.append((work, inner.result()))
         self.core.end(outcomes)
+
+    @staticmethod
+    def not_run(work: _Work, error: BaseException) -> Reply:
+        """An executor's own error: what a task raises comes as a reply. Either its worker was lost,
+        or one item of the call could not be sent or read."""
+        begun = _count(work.call) if isinstance(error, BrokenExecutor) else 0
+        return [], error, begun, 0.0
 
     def lend(self) -> None:
         failed: list[tuple[_Work, Reply]] = []
@@ -2901,39 +2940,52 @@ class _OverEngine(_Engine):
             if not taken:
                 break
             for work in taken:
-                call = cast("Call", work.call)
                 inner = None
                 try:
-                    inner = self.executor.submit(_portable_run, *call)
-                except BaseException as error:
-                    failed.append((work, ([], error, _count(call), 0.0)))
-                with self.submitted:
-                    if inner is None:
-                        del self.inner[work]
-                    else:
+                    inner = self.executor.submit(_portable_run, *cast("Call", work.call))
+                    with self.moved:
                         self.inner[work] = inner
-                    self.submitted.notify_all()
-                if inner is not None:
+                        self.moved.notify_all()
                     inner.add_done_callback(functools.partial(self.note, work))
+                except BaseException as error:
+                    with self.moved:
+                        if self.inner.get(work) is inner:  # else it is put back already
+                            del self.inner[work]
+                            failed.append((work, self.not_run(work, error)))
+                        self.moved.notify_all()
             self.core.end(failed)
             failed.clear()
 
     def note(self, work: _Work, inner: Future[Any]) -> None:
         """It has ended; in whichever thread says so, and under whatever lock."""
-        if inner is not self.returning or not inner.cancelled():
-            self.news.put((work, inner))
+        self.news.put((work, inner))
 
     def take_back(self, works: list[_Work]) -> None:
         for work in works:
-            with self.submitted:
-                while self.inner.get(work, work) is None and not self.inside():
-                    self.submitted.wait()  # for its future, with which it can be asked back
-                self.returning = inner = self.inner.get(work)
-                # Under the lock, for nobody else has this future, so no callback runs but ours.
-                if inner is not None and inner.cancel():
-                    del self.inner[work]
-                    self.core.put_back([work])
-                self.returning = None
+            with self.moved:
+                # While it is submitted, there is no future yet by which it can be asked back.
+                while not self.inside() and (
+                    self.inner.get(work, work) is None or work in self.asked
+                ):
+                    self.moved.wait()
+                inner = self.inner.get(work)
+                if inner is None:
+                    continue
+                self.asked.add(work)
+            is_back = False
+            try:
+                # Under no lock of ours: it takes one of the executor's, and whoever holds that may
+                # be in a __del__ that waits for ours.
+                is_back = inner.cancel()
+            finally:
+                with self.moved:
+                    self.asked.discard(work)
+                    if is_back and self.inner.get(work) is inner:
+                        del self.inner[work]
+                        self.core.put_back([work])
+                    self.moved.notify_all()
+                if not is_back and inner.done():
+                    self.note(work, inner)  # its end may have been passed over meanwhile
         self.core.settle()
         self.feed()
 
@@ -3080,6 +3132,7 @@ class _Process:
         self.up = False  # it has said that it is ready
         self.ended = threading.RLock()  # guards the next: who reaps it, and that it is done once
         self.exitcode: int | None = None
+        self.is_reaped = False
         self.gone = False
         self.permits: tuple[_Semaphore, _Semaphore] | None = None
         try:
@@ -3122,7 +3175,8 @@ class _Process:
             opened.pop_all()
         self.pidfd: int | None = None
         if sys.platform == "linux":
-            with contextlib.suppress(OSError):  # an old kernel, or descriptors are short
+            # An old kernel, now or when this Python was built; or descriptors are short.
+            with contextlib.suppress(OSError, AttributeError):
                 self.pidfd = os.pidfd_open(self.popen.pid)
         self.alive.add(self)
 
@@ -3167,15 +3221,17 @@ class _Process:
         with contextlib.suppress(OSError, ValueError):  # it is gone already
             wait([self.popen.sentinel if self.pidfd is None else self.pidfd], 1)
         with self.ended:
-            if self.exitcode is None:
+            if not self.is_reaped:
                 self.kill()
 
     def reap(self) -> None:
         """Kill it and wait until it is gone."""
         with self.ended:
-            if self.exitcode is None:  # else its id may be another's by now
+            if not self.is_reaped:  # else its id may be another's by now
                 self.kill()
+                # None, where somebody else has reaped it: a program that ignores SIGCHLD, say.
                 self.exitcode = self.popen.wait()
+                self.is_reaped = True
                 self.unlink()
 
     def end(self) -> None:
@@ -3194,13 +3250,15 @@ class _Process:
 
     def has_died(self) -> bool:
         with self.ended:
-            if self.gone or self.exitcode is not None:
+            if self.is_reaped:
                 return True
             if sys.platform == "win32" or not hasattr(os, "waitid"):
                 return self.popen.poll() is not None
             # Not reaped yet: what it has started is to be killed together with it.
             flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-            return os.waitid(os.P_PID, self.popen.pid, flags) is not None
+            with contextlib.suppress(ChildProcessError):  # somebody else has reaped it
+                return os.waitid(os.P_PID, self.popen.pid, flags) is not None
+            return True
 
     def how_it_ended(self) -> str:
         code = self.exitcode
@@ -3237,7 +3295,8 @@ class _Semaphore:
 
         owner, self.owner = self.owner, None
         if owner == os.getpid() and sys.platform != "win32":
-            _multiprocessing.sem_unlink(self.name)
+            with contextlib.suppress(OSError):  # a session that ends may have its names removed
+                _multiprocessing.sem_unlink(self.name)
             _loky_tracker().unregister(self.name, "semlock")
 
     def __reduce__(self) -> Any:
@@ -3580,7 +3639,8 @@ class _LokyEngine(_Engine):
         if not self.woken:
             try:
                 self.woken = True
-                with contextlib.suppress(OSError):  # the reader has just closed its end
+                # The reader has just closed its end; or, on Windows, another thread rings right now.
+                with contextlib.suppress(OSError, ValueError):
                     self.ring(b"")
             except BaseException:
                 self.woken = False  # a Ctrl-C: nobody would ring ever after
@@ -4742,14 +4802,14 @@ class _RayEngine(_Engine):
         return not raised
 
     def stop(self, work: _Work) -> None:
+        if isinstance(work.verdict, TimeoutError) and self.has_ended(work.slot):
+            return  # in time, but it was not heard of yet
         with self.sent:
             while work in self.sending and not self.inside():
                 self.sent.wait()
             ref = work.slot
             if self.lent.get(ref) is not work:
                 return
-            if isinstance(work.verdict, TimeoutError) and self.has_ended(ref):
-                return  # in time, but it was not heard of yet
             self.forget(ref)
             self.stopping.add(ref)
             self.core.stopped(work)
@@ -5064,11 +5124,7 @@ class _RayEngine(_Engine):
 
     def forget(self, ref: Any) -> None:
         """It is lent no more; under ``_engine_lock``."""
-        work = self.lent.pop(ref)
-        if self.marked:
-            self.marked = {
-                number: other for number, other in self.marked.items() if other is not work
-            }
+        self.marked.pop(self.lent.pop(ref).message, None)
         self.belled.discard(ref)
         self.refused.pop(ref, None)
         self.dependents.discard(ref)

@@ -1170,6 +1170,26 @@ def test_over_a_pool_of_processes(policy: Policy, tmp_path: Path) -> None:
         Backend.over(Executor())
 
 
+def test_what_an_executor_fails_at_costs_itself_alone() -> None:
+    with Backend.over(spawned_pool()) as executor:
+        results = executor.map(identity, [1, 2, threading.Lock(), 4], chunksize=4)
+        assert [next(results), next(results)] == [1, 2]
+        with pytest.raises(TypeError, match="lock"):
+            next(results)
+
+    class Deaf(Future):  # type: ignore[type-arg]
+        def add_done_callback(self, _: Any) -> None:
+            raise LookupError("deaf")
+
+    class Odd(ThreadPoolExecutor):
+        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+            return super().submit(fn, *args, **kwargs) if args[1] == (1,) else Deaf()
+
+    with Backend.over(Odd(1)) as executor:
+        bad, good = executor.submit(identity, 2), executor.submit(identity, 1)
+        assert isinstance(bad.exception(LONG), LookupError) and good.result(LONG) == 1
+
+
 def spawned_pool() -> Executor:
     return ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"))
 
@@ -3032,6 +3052,27 @@ def test_map_yields_what_comes_before_a_failure(backend: Backend, chunksize: int
             next(results)
 
 
+@pytest.mark.parametrize("chunksize", [None, 4])
+def test_map_of_a_function_that_raises_stop_iteration(
+    backend: Backend, tmp_path: Path, chunksize: int | None
+) -> None:
+    """It ends no list, and runs nothing twice."""
+    trace = str(tmp_path / "trace")
+
+    def task(number: int) -> int:
+        leave_a_trace(trace, number, 0)
+        return next(iter([number] if number != 2 else []))
+
+    with backend.executor(2, cancel_futures=False) as executor:
+        results = executor.map(task, range(8), chunksize=chunksize)
+        assert [next(results), next(results)] == [0, 1]
+        with pytest.raises(RuntimeError) as raised:  # as a generator that raises it always does
+            next(results)
+        assert isinstance(raised.value.__cause__, StopIteration)
+    begun = begun_in(Path(trace))
+    assert len(begun) == len({*begun}) and {*begun} >= {0, 1, 2}
+
+
 def test_map_runs_all_items_unread_and_after_a_failure(backend: Backend, tmp_path: Path) -> None:
     def touch(number: int) -> None:
         if number % 2:
@@ -4833,6 +4874,37 @@ def test_arguments_whose_end_submits_deadlock_nobody(on_joblib: Backend) -> None
     finally:
         gc.set_threshold(*threshold)
         sys.setswitchinterval(interval)
+
+
+def test_signals_put_off_are_all_handled(monkeypatch: Any) -> None:
+    """Even where each of their handlers raises, and is put back while another one raises."""
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGALRM]
+    seen: list[int] = []
+
+    def handler(number: int, _: Any) -> None:
+        seen.append(number)
+        raise InterruptedError(number)
+
+    before = {number: signal.signal(number, handler) for number in numbers}
+    put_back = signal.signal
+
+    def put_back_and_meet_another(number: int, how: Any) -> Any:
+        old = put_back(number, how)
+        if how is handler:
+            signal.raise_signal(number)  # right after it is heard again
+        return old
+
+    monkeypatch.setattr(signal, "signal", put_back_and_meet_another)
+    try:
+        with pytest.raises(InterruptedError), pb._later_signals():
+            for number in numbers:
+                signal.raise_signal(number)
+            assert seen == []
+        assert sorted(seen) == sorted(2 * numbers)
+        assert all(signal.getsignal(number) is handler for number in numbers)
+    finally:
+        for number, how in before.items():
+            put_back(number, how)
 
 
 # --- 5 joblib's workers ---------------------------------------------------------------------------
