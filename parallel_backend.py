@@ -17,19 +17,22 @@ the calling process, for debugging. ``python -m parallel_backend`` tests what is
 
 What the executors promise, on every backend:
 
-- They are :class:`concurrent.futures.Executor` to the letter; no more than ``max_workers`` tasks run
-  at once, and ``running()`` is true only of what a worker has begun.
+- They are :class:`concurrent.futures.Executor` to the letter, but for this: by default, what has not
+  begun is cancelled when the ``with`` block is left. Collect results inside it.
+- No more than ``max_workers`` tasks run at once. ``running()`` is true only of what a worker has begun;
+  Ray does not say what it has begun, so there it is true of the oldest.
 - Their :class:`CancellationPolicy` is applied when the ``with`` block is left, at ``shutdown()``, when
   an executor is dropped, and when the program ends. Under ``RUNNING``, what runs is stopped with its
   process, also by ``future.cancel()``. Cancelled means cancelled: nothing of it runs.
 - A task's exception arrives as its own, with the worker's traceback. A worker that dies costs the
   task that it had begun, and no other; the executor goes on.
-- Lambdas, closures and functions of ``__main__`` go. What can't be pickled fails its own future.
+- Lambdas, closures and functions of ``__main__`` can be sent; a future or a handle among a task's
+  arguments arrives as its value. What can't be pickled fails its own future.
 - ``map`` sizes its chunks by itself, and reads an endless input with ``buffersize``.
-- Nothing polls, and nothing is left behind: no thread, process or file.
+- An idle executor uses no CPU, and one that has ended leaves no thread, process or file.
 
-Version 0.9.0 is the first. ``ParallelConfig`` and the ``config`` arguments are deprecated since then, and
-go in 0.10.0.
+Version 0.9.0 is the first. It still takes the ``ParallelConfig`` of the project that it comes from;
+that, and the ``config`` arguments, go in 0.10.0.
 
 SPDX-License-Identifier: MIT
 Copyright (c) 2026 the parallel_backend developers
@@ -97,8 +100,6 @@ from typing import (
 )
 
 if TYPE_CHECKING:
-    from typing import TypeAlias
-
     from typing_extensions import Unpack
 elif sys.version_info >= (3, 11):
     from typing import Unpack
@@ -165,10 +166,12 @@ def _check_number(name: str, value: object, kinds: Any = int) -> None:
 
 
 class TaskOptions(TypedDict, total=False):
-    """What may be asked for a task: options of Ray's, which the other backends ignore::
+    """Ray's options for a task; the other backends ignore them.
 
-    with backend.executor(num_gpus=1, max_retries=0) as executor:
-        executor.submit(train, data)
+    For :meth:`ParallelBackend.executor` and :meth:`ParallelBackend.wrap`::
+
+        with backend.executor(num_gpus=1, max_retries=0) as executor:
+            executor.submit(train, data)
     """
 
     accelerator_type: str
@@ -192,22 +195,26 @@ class TaskOptions(TypedDict, total=False):
 
 
 _OWN_OPTIONS = ("initializer", "initargs", "max_tasks_per_child", "task_timeout")
-_OTHERS_NAMES = {
+_NAMES_ELSEWHERE = {  # what other libraries call our options
     "n_jobs": "max_workers",
     "n_workers": "max_workers",
     "processes": "max_workers",
     "timeout": "task_timeout",
-    "num_returns": "none, for a task has one result",
-    "mp_context": "none, for the processes are joblib's or Ray's",
+}
+_NOT_OURS = {
+    "num_returns": "a task has one result",
+    "mp_context": "the processes are joblib's or Ray's",
 }
 
 
 def _unknown_option(name: str) -> TypeError:
-    """What is raised of a name that no backend knows."""
+    """The error for an option that no backend knows."""
     import difflib
 
+    if name in _NOT_OURS:
+        return TypeError(f"There is no option {name!r}: {_NOT_OURS[name]}")
     known = (*_OWN_OPTIONS, *TaskOptions.__annotations__, "max_workers", "cancel_futures")
-    nearest = _OTHERS_NAMES.get(name) or difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+    nearest = _NAMES_ELSEWHERE.get(name) or difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
     return TypeError(f"There is no option {name!r}; the nearest is {nearest}")
 
 
@@ -215,9 +222,9 @@ def _unknown_option(name: str) -> TypeError:
 
 
 def _warn_caller(message: str, category: type[Warning]) -> None:
-    """Warn at the nearest line outside this file: there stands what the reader can change."""
+    """Attribute the warning to the nearest caller outside this file, whose line can be changed."""
     level, frame = 1, sys._getframe()
-    # Nor can they change the event loop, which before Python 3.12 may be what steps a coroutine.
+    # Not to asyncio, which before Python 3.12 may be what runs a coroutine's first step.
     while frame.f_back is not None and (
         frame.f_globals is globals() or str(frame.f_globals.get("__name__")).startswith("asyncio.")
     ):
@@ -225,8 +232,8 @@ def _warn_caller(message: str, category: type[Warning]) -> None:
     warnings.warn(message, category, stacklevel=level)
 
 
-def _meant(value: object, parameter: inspect.Parameter | None) -> bool:
-    """Whether a caller who passes ``value`` says more than the parameter's default does."""
+def _differs(value: object, parameter: inspect.Parameter | None) -> bool:
+    """Whether ``value`` is another than the parameter's default."""
     default = inspect.Parameter.empty if parameter is None else parameter.default
     try:
         return value is not default and not (type(value) is type(default) and value == default)
@@ -258,7 +265,7 @@ def deprecated(
             itself; a function likewise, and every call is forwarded to that function.
         args_mapping: what becomes of an argument: ``{"old": "new"}`` passes its value on as
             ``new``, ``{"old": None}`` drops it, ``{"old": "old"}`` only warns. With
-            ``target=True`` a value other than the argument's default warns, and nothing else.
+            ``target=True`` only a value other than the argument's default warns.
         deprecated_in: the version since when.
         remove_in: the version in which it goes.
         category: of the warning. Python shows a ``FutureWarning`` to users by default.
@@ -318,7 +325,7 @@ def deprecated(
                 if old not in source:
                     continue
                 value = source[old]
-                meant = _meant(value, given.get(old))
+                meant = _differs(value, given.get(old))
                 if target is True and meant and applies(value):
                     use = f"use `{new}` instead" if new else "it has no effect"
                     argument = f"The argument `{old}` of `{name}`"
@@ -334,7 +341,7 @@ def deprecated(
             renamed: dict[str, Any] = {}
             for old, new, value in moved:
                 for source in (placed, named, renamed):
-                    if new in source and _meant(source.pop(new), taken.get(new)):
+                    if new in source and _differs(source.pop(new), taken.get(new)):
                         raise TypeError(f"{name}() got both {new!r} and {old!r}, its old name")
                 renamed[new] = value
             placed.update(renamed)
@@ -351,8 +358,8 @@ def deprecated(
             if sys.version_info >= (3, 12):
                 inspect.markcoroutinefunction(wrapper)
             else:
-                # Only a coroutine function passes for one there, and it warns at its first step:
-                # of the line that awaits it, or failing that, of the one that runs the event loop.
+                # Before 3.12, only what is made by ``async def`` passes for a coroutine function. So
+                # the warning comes when it is first awaited, and not when it is called.
                 plain = wrapper
 
                 async def stepped(*args: Any, **kwargs: Any) -> Any:
@@ -367,8 +374,8 @@ def deprecated(
 
 
 def _evaluated(cls: type[T]) -> type[T]:
-    """Let dataclass() see types and not strings, for which it needs sys.modules[__name__]: that is
-    missing where the file was loaded from its path and nobody has put it there."""
+    """dataclass() looks up annotations that are strings in sys.modules[__name__], which is missing if
+    this file was loaded by its path. So they are evaluated here."""
     cls.__annotations__ = {k: eval(v) for k, v in cls.__annotations__.items()}
     return cls
 
@@ -477,7 +484,7 @@ def _cgroup_quotas(root: str) -> Iterator[tuple[int, int]]:
                 own[key] = [*filter(None, path.split("/"))]
     for line in _read(f"{root}/proc/self/mountinfo").split("\n") if own else ():
         if " - cgroup" not in line:
-            continue  # soon: there may be thousands
+            continue  # early, since there may be thousands of lines
         fields, _, kind = line.partition(" - ")
         filesystem, _, options = kind.partition(" ")
         version = {"cgroup": "cpu", "cgroup2": ""}.get(filesystem)
@@ -496,8 +503,8 @@ def _cgroup_quotas(root: str) -> Iterator[tuple[int, int]]:
         if own[version][: len(above)] != above or ".." in parts:
             if ".." not in (*own[version], *above):
                 continue  # a mount of some other part of the tree
-            # One is beyond this cgroup namespace, the way there without names: the mount is as
-            # near as we can see.
+            # ".." leads out of this cgroup namespace, where paths have no names for us: the mount
+            # itself is the nearest that can be seen.
             parts = []
         for depth in range(len(parts), -1, -1):
             folder = "/".join([root + mount, *parts[:depth]])
@@ -545,7 +552,7 @@ class ParallelBackend(abc.ABC):
 
     BACKENDS: ClassVar[dict[str, type[ParallelBackend]]] = {}
     _n_cpus_local: ClassVar[int | None] = None
-    _uses_options: ClassVar[bool] = False  # those of tasks; where not, they are ignored
+    _uses_options: ClassVar[bool] = False  # whether TaskOptions mean anything here
 
     def __init_subclass__(cls, *, backend_name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -686,7 +693,9 @@ class ParallelBackend(abc.ABC):
         @functools.wraps(fun)
         def start(*args: Any, **kwargs: Any) -> Any:
             background = executors.get(os.getpid())
-            if background is None:  # no lock, which a forked child might inherit locked
+            if background is None:
+                # Without a lock, which a forked child might inherit locked: if two threads make
+                # one each, the second one is dropped.
                 background = self._executor_for_wrap(ours)
                 background = executors.setdefault(os.getpid(), background)
             return background.submit(fun, *args, **kwargs)
@@ -707,7 +716,7 @@ class ParallelBackend(abc.ABC):
 
     def _executor_for_wrap(self, options: dict[str, Any]) -> Executor:
         executor: Executor = self.executor(cancel_futures=CancellationPolicy.NONE)
-        if not isinstance(executor, ParallelExecutor):  # a bare one waits for no arguments
+        if not isinstance(executor, ParallelExecutor):  # a plain one does not wait for futures
             workers = getattr(executor, "_max_workers", None) or self.effective_n_jobs()
             executor = self.over(executor, workers, cancel_futures=CancellationPolicy.NONE)
         return executor
@@ -898,7 +907,8 @@ def init_parallel_backend(
 
 # --- the engine contract and the executor core ------------------------------------------------
 #
-# An engine asks for work, and the core asks it back.
+# An executor has two halves. Its core, which is the same for every backend, has the queue, the futures
+# and the way to the end. Its engine has the workers. The engine asks for work, and the core asks it back.
 #
 #       submit(), map()            take()                      end()
 #     ------------------> PENDING ---------> LENT ---------------------------> ENDING ---> DONE
@@ -909,46 +919,52 @@ def init_parallel_backend(
 #         '----------------'--------------> CANCELLED --------------------------------------'
 #              cancel()                                      settle()
 #
-# WAITING is nobody's: futures among its arguments are not done. PENDING is the core's. LENT is the
-# engine's, which may hold more than it runs: what has not begun there is still ours to cancel, to give
-# to another worker, and to keep when a worker dies. For each task that an engine took comes exactly one
-# of end(), put_back() and stopped(). The core asks for one with take_back() or stop(), and then looks
-# where the task is: it has no answer to believe.
+# A task that waits for futures among its arguments is in no queue. When they are done it joins the
+# core's queue, from which the engine takes it when it has room: from then on it is lent. An engine may
+# take more than it runs, so that its workers need not wait for the core. What has not begun there can
+# still be cancelled, go to another worker, and outlive the death of its worker.
+#
+# For each task that an engine took comes exactly one of end() (it has run, or failed), put_back() (it has
+# not begun) and stopped() (its worker was killed). To get one back, the core calls the engine's
+# take_back() or stop(). These return nothing, for the task may end in another thread at that moment: the
+# core looks afterwards where the task is.
 #
 # The rule of the locks. There are two, for all executors of the process:
 #
 # - ``_engine_lock`` guards what engines know of their workers: who has which task.
 # - ``_lock`` guards what cores know: the place of each task, the queues, the stage, maps' outcomes.
 #
-# 1. Who holds ``_lock`` takes no other, a future's own neither. So who holds ``_engine_lock`` may
-#    take ``_lock``: take(), ask(), put_back() and stopped() are called under it.
-# 2. No code of a user's runs under either: no callback, no pickling, no ``__del__`` of what a
-#    dropped reference frees. What is dropped or to be told under a lock is so later, by settle().
-# 3. But the garbage collector and signal handlers may run a user's code anywhere. What that does
-#    under a lock is either harmless there (submit() appends, and feed() takes no lock) or done later,
-#    by settle() (cancel() and shutdown(), which would have to call the engine).
+# 1. While holding ``_lock``, take no other, not even a future's own. So while holding ``_engine_lock``,
+#    an engine may take ``_lock``: it calls take(), ask(), put_back() and stopped() there.
+# 2. Run no code of a user's under either: no callback, no pickling, no freeing of a last reference,
+#    since its ``__del__`` may be a user's. What is to be told, dropped or done is noted in ``untold``,
+#    ``dropped`` or ``deferred``, and settle() does it, under no lock.
+# 3. The garbage collector and signal handlers may still run a user's code in a thread that holds one.
+#    Both are reentrant, so submit() is safe there: it appends, and feed() takes no lock. cancel() and
+#    shutdown() would have to call the engine: they find out by _under_a_lock(), and defer themselves.
 #
-# They are one for all executors because of 3: a ``__del__`` under the lock of one executor that waited
-# for that of another, which waits for the first, would be a deadlock that nobody ever finds.
+# Why not one for each executor? A ``__del__`` that runs under the lock of A might wait for that of B,
+# while another thread, under B's, waits for A's: a deadlock that nobody ever finds.
 
 _lock = threading.RLock()
 _engine_lock = threading.RLock()
 
 
 def _under_a_lock() -> bool:
-    """Whether this thread holds one: then the collector, or a signal, has brought it here."""
+    """Whether this thread holds one of our locks: then the garbage collector, or a signal, has called us
+    in the middle of our own code."""
     # Private, but what threading.Condition itself relies on, since Python 2.
     return bool(cast("Any", _lock)._is_owned() or cast("Any", _engine_lock)._is_owned())
 
 
 _RAISING = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGALRM")]
-"""The signals whose handlers are wont to raise: Ctrl-C, a supervisor's word, a time limit."""
+"""The signals whose handlers usually raise: Ctrl-C, a request to end, a time limit."""
 
 
 @contextlib.contextmanager
 def _later_signals() -> Iterator[None]:
-    """Handle a signal that comes in here when it is left. Where a handler raised between a task's
-    leaving one place and its coming to the next, it would be nobody's, and the end would wait for it."""
+    """Put signals that come in here off until it is left. If a handler raised while a task goes from one
+    place to the next, the task would be in neither, and shutdown() would wait for it for ever."""
     handlers: dict[Any, Any] = {}
     came: list[Any] = []
 
@@ -971,20 +987,18 @@ def _later_signals() -> Iterator[None]:
 
 
 Call = tuple["Callable[..., Any]", Any, Any, "float | None"]
-"""What a worker is to run. Of a task: the function, its arguments, its keywords, None. Of a chunk:
-the function, a list of items, whether each is a tuple of arguments, and the seconds after which the
-worker begins no further one."""
+"""What a worker is to run: (fn, arguments, how, budget). Of a task, ``how`` has its keywords, and there
+is no budget. Of a chunk, the arguments are its items, ``how`` says whether each is a tuple of arguments,
+and after so many seconds the worker begins no further one."""
 
 Reply = tuple[list[Any], "BaseException | None", int, float]
-"""What became of a call: results, failure, how many items were begun, seconds that they took.
+"""What became of a call: (results, failure, begun, seconds). ``begun`` is how many of its items were
+begun, one that failed included:
 
-    =====  ==========================================================================
-    begun  what it means for a chunk (a task has one item, and fails if it has not begun)
-    =====  ==========================================================================
-    0      the call could not be sent, or not be read: its items are tried singly
-    some   the last of them failed if there is a failure; those behind them come back
-    all    none comes back; with a failure and no results, the worker was lost
-    =====  ==========================================================================
+- none: the call could not be sent, or not be read. The items of a chunk are then tried one by one, so
+  that only the bad one fails; a task fails.
+- some: if there is a failure, the last of those failed. The others go back to the queue.
+- all: nothing goes back. With a failure and no results, the worker was lost.
 """
 
 
@@ -1004,6 +1018,11 @@ def _count(call: Call | None) -> int:
     return 1 if call is None or call[3] is None else len(call[1])
 
 
+def _lost(work: _Work, error: BaseException) -> tuple[_Work, Reply]:
+    """The outcome of one that has failed as a whole, a chunk with all its items."""
+    return work, ([], error, _count(work.call), 0.0)
+
+
 class _Place(enum.Enum):
     """Where a task or a chunk is: in one place at a time, moved under ``_lock``."""
 
@@ -1015,9 +1034,9 @@ class _Place(enum.Enum):
     DONE = enum.auto()  # told
 
 
-# A global takes a third of an attribute's time.
+# By name, since an attribute of the class takes three times as long, and they are read for every task.
 _WAITING, _PENDING, _LENT, _ENDING, _CANCELLED, _DONE = _Place
-_UNLENT = (_WAITING, _PENDING)  # what no engine has: cancelled or failed here and now
+_UNLENT = (_WAITING, _PENDING)  # no engine has it: the core cancels it, or lets it fail, by itself
 
 
 class _Stage(enum.IntEnum):
@@ -1033,18 +1052,21 @@ class _Stage(enum.IntEnum):
 class _Engine(abc.ABC):
     """What runs tasks. It asks the core for them, whenever it likes, and says what became of them.
 
-    Of ``core`` it calls:
+    Of ``core``, which is there once the engine has been made, it calls:
 
     - ``take(n)``: up to n tasks, lent from now on;
-    - ``ask()``: how many wait, and let :meth:`feed` come at the next. The last thing before it rests;
+    - ``ask()``: how many wait. The last thing before it rests: from then on the next task that comes
+      brings a :meth:`feed`, without which nobody would wake it;
     - ``end(outcomes)``: what became of some, ``(work, reply)`` each; under no lock;
-    - ``put_back(works)``: they have not begun. ``stopped(work)``: what ran it was killed;
-    - ``settle()``: under no lock, soon after it has called one of these under a lock;
-    - ``break_down(error)``: workers can't be set up; no task will run any more.
+    - ``put_back(works)``: they have not begun. ``stopped(work)``: what ran it was killed. Both in the same
+      hold of ``_engine_lock`` in which it takes the task from its worker. Otherwise a cancel() or a
+      shutdown() just then would find a task that is lent and that no worker has, could not have it back,
+      and would say that it can't be cancelled;
+    - ``settle()``: under no lock, soon after one of these was called under a lock;
+    - ``break_down(error)``: workers can't be set up, so no task will run any more.
 
-    ``put_back`` and ``stopped`` move a task in the same hold of ``_engine_lock`` in which the engine
-    takes it from a worker or kills that. In between it would be nobody's, and who asks for it just
-    then, by a second cancel() or at a shutdown, would be told a wrong no.
+    A task that it has taken has a ``call``, which becomes None if it is cancelled; so what an engine holds
+    it reads once. ``seat`` and ``message`` are the engine's to set.
     """
 
     core: _Core
@@ -1052,29 +1074,31 @@ class _Engine(abc.ABC):
     """How long a chunk of a map's items should take, for its overhead not to count; 0: no chunks."""
     future_type: type[_Task] | None = None  # what submit() returns, if not a _Task
     look_after = 1.0
-    """The share of a time limit after which to look again what runs: less, if began() says "since"
-    when it was first asked."""
+    """The share of a time limit after which to look again what runs. Less than 1, if began() hears of a
+    start only when it is asked: the task then gets up to so much more time."""
     name = "another executor"
 
     @abc.abstractmethod
     def feed(self) -> None:
-        """There is work. Rings a bell: it takes no lock, and may come at any time, after close() too."""
+        """There is work, or something to settle: wake your thread, and no more. It must take no lock,
+        for it is called from a ``__del__`` and from signal handlers, from any thread, after close() too."""
 
     @abc.abstractmethod
     def take_back(self, works: list[_Work]) -> None:
-        """``put_back()`` those of them that have not begun."""
+        """``put_back()`` those of them that have not begun. Called from any thread, as is stop()."""
 
     def running(self, work: _Work) -> bool:
-        """Whether a worker has begun it; takes no lock, and may be asked of any that was lent."""
+        """Whether a worker has begun it; without a lock, and of any that was lent at some time."""
         return True
 
     def stop(self, work: _Work) -> None:
-        """If a worker has begun it, kill that and call ``stopped()``; not every engine can. Where
-        ``work.verdict`` is a TimeoutError, let the user see first where it hung."""
+        """If a worker has begun it, kill that and call ``stopped()``. An engine that can't, does nothing.
+        Where ``work.verdict`` is a TimeoutError, let the user see first where it hung."""
 
     def began(self) -> list[tuple[_Work, float]]:
-        """What runs, and since when, by time.monotonic(): for time limits. Later than it was, rather
-        than earlier; without the time in which the engine may not have heard of the end."""
+        """(task, start by time.monotonic()) of all that runs, for time limits. If in doubt, a later time:
+        an earlier one would stop a task within its limit. Without tasks whose end may have come, but is
+        not read yet."""
         return []
 
     def awaited(self, value: Any) -> Future[Any] | None:
@@ -1107,26 +1131,46 @@ class _Nothing(_Engine):
         pass
 
 
-class _Task(Future[Any]):
-    """The future of one task, which holds its call too, so that nobody else need hold either."""
+class _Work:
+    """What an engine is lent: a task, or a chunk of a map's items."""
 
+    core: _Core | None  # None when it is done: to hold a result is not to hold its executor
+    call: (
+        Call | None
+    )  # here alone, so that nobody else need hold its arguments; None when it is done
     place = _PENDING
+    abandoned = False  # nobody wants it; only of a chunk
     unwanted = 0
-    """How many threads are cancelling it: if the engine puts it back meanwhile, it is cancelled."""
+    """How many threads are in cancel() for it: if the engine puts it back meanwhile, it is cancelled.
+    A number, for the first one to leave must not say for the second that it is wanted."""
     verdict: BaseException | None = None  # what it fails with, if it is stopped and not cancelled
     reason = ""  # why it was cancelled
+    seat: Any = None
+    """Where the engine has it: on joblib a _Seat, on Ray a reference. Each time another object: recall()
+    sees by it whether the task has come back and was lent again."""
+    message: Any = None  # the engine's own, too
+
+    def finish(self, reply: Reply) -> None:
+        """Tell whoever waits for it what became of it. May be called once more, if it was interrupted."""
+        raise NotImplementedError
+
+    def finish_cancelled(self, reason: str) -> None:
+        """Tell that it was cancelled, and why, if it does not know. Likewise."""
+        raise NotImplementedError
+
+
+class _Task(_Work, Future[Any]):
+    """The future of one task."""
+
     awaits = 0  # how many futures among its arguments are not done; under _lock
-    abandoned = False  # as a chunk may be
-    slot: Any = None  # the engine's own, for as long as it has the task; another one each time
-    message: Any = None  # likewise: what it sends to a worker
 
     def __init__(self, core: _Core, fn: Callable[..., Any], args: Any, kwargs: Any) -> None:
         super().__init__()
-        self.core: _Core | None = core  # until it is told: who holds a result holds no executor
-        self.call: Call | None = (fn, args, kwargs, None)
+        self.core = core
+        self.call = (fn, args, kwargs, None)
 
-    # Future's own state stays PENDING until the end: only the engine knows what runs. _state and
-    # _condition are private, but the same since Python 3.2.
+    # Future's own state stays PENDING until the task is done, since only the engine knows what runs. Hence
+    # running() and cancel(). _state and _condition are private, but the same since Python 3.2.
 
     def running(self) -> bool:
         """Whether a worker has begun it."""
@@ -1150,7 +1194,7 @@ class _Task(Future[Any]):
         except CancelledError:
             if self.cancelled():
                 raise CancelledError(self.reason) from None
-            raise  # of the task's own
+            raise  # the task itself has raised it
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """As ``Future.exception``; a ``CancelledError`` says why."""
@@ -1170,7 +1214,8 @@ class _Task(Future[Any]):
         return text.replace("state=pending", "state=running") if self.running() else text
 
     def _invoke_callbacks(self) -> None:
-        # Future's own leaves out the rest when one exits: asyncio's, say, which then waits for ever.
+        # Future's own stops at the first one that exits or is interrupted. Those after it, asyncio's say,
+        # would never be called, and whoever waits for them would wait for ever.
         raised = None
         for callback in cast("Any", self)._done_callbacks:  # private, as above
             try:
@@ -1187,7 +1232,7 @@ class _Task(Future[Any]):
     def finish(self, reply: Reply) -> None:
         values, failure, _, _ = reply
         if self.done():
-            return  # a Ctrl-C came after it
+            return  # this is end()'s second try, and the first was interrupted after it
         if failure is None:
             self.set_result(values[0])
         else:
@@ -1202,27 +1247,20 @@ class _Task(Future[Any]):
                 self.set_running_or_notify_cancel()
 
 
-class _Chunk:
+class _Chunk(_Work):
     """Some items of a map: one task, to an engine and for cancellation."""
 
-    place = _PENDING
-    unwanted = 0
-    verdict: BaseException | None = None
-    reason = ""
-    slot: Any = None
-    message: Any = None
-
     def __init__(self, source: _Map, start: int, items: list[Any]) -> None:
-        self.core: _Core | None = source.core
+        self.core = source.core
         self.source = source
         self.start = start
-        # A chunk that takes far longer than measured comes back early: its last items are not to
-        # be stranded behind a long one while other workers idle.
+        # If its items take far longer than measured, its worker gives the last ones back: they are not
+        # to wait behind a long one while other workers idle.
         seconds = source.core.engine.chunk_seconds if source.chunksize is None else float("inf")
-        self.call: Call | None = (source.fn, items, source.starred, seconds)
+        self.call = (source.fn, items, source.starred, seconds)
 
     @property
-    def abandoned(self) -> bool:
+    def abandoned(self) -> bool:  # type: ignore[override]  # its map knows
         return self.source.abandoned
 
     def finish(self, reply: Reply) -> None:
@@ -1230,10 +1268,6 @@ class _Chunk:
 
     def finish_cancelled(self, reason: str) -> None:
         self.source.tell(self.start, [], CancelledError(self.reason or reason))
-
-
-if TYPE_CHECKING:
-    _Work: TypeAlias = _Task | _Chunk  # what an engine is lent
 
 
 class _Map:
@@ -1249,11 +1283,10 @@ class _Map:
         self.seconds: float | None = None  # of an item, of late
         self.known = 0  # items in the longest run of which their time is known
         self.blocks: collections.deque[list[Any]] = collections.deque()
-        """Items that are in no chunk yet, as they were read; each block in reverse order, so that
-        its first items can be cut off at its end, fast, and be held by nobody."""
-        self.left = (
-            0  # how many these are; while there are any, this stands among the core's pending
-        )
+        """Items that are in no chunk yet, as they were read. Each block is in reverse order, so that its
+        first items can be cut off at its end: fast, and without a reference that stays behind."""
+        # How many these are. While there are any, this stands among the core's pending.
+        self.left = 0
         self.first = 0  # the index of the first of them
         self.outcomes: dict[int, tuple[list[Any], BaseException | None]] = {}
         """By the index of its first item: the results, then what was raised. Under ``_lock``."""
@@ -1268,8 +1301,8 @@ class _Map:
         if self.chunksize is not None or self.seconds is None:
             return self.chunksize or 1
         each = max(self.seconds, 1e-7)
-        # A quarter of a worker's share, so that what turns out longer than expected is spread;
-        # but not so few that the overhead counts, nor more than need be for it not to.
+        # A quarter of a worker's share, so that slow items are spread. But not so few that the overhead
+        # counts, and not more than it takes for the overhead not to count.
         share = left / (4 * self.core.engine.width(self.core.max_workers))
         return max(int(min(max(share, target / 30 / each), target / each)), 1)
 
@@ -1309,7 +1342,7 @@ class _Map:
         values, failure, begun, seconds = reply
         call = chunk.call
         if call is None:
-            return  # a Ctrl-C came after it
+            return  # this is end()'s second try, and the first was interrupted after it
         items, size = call[1], 1
         if begun:
             each = seconds / begun
@@ -1319,8 +1352,8 @@ class _Map:
                 self.seconds = (self.seconds + each) / 2
             size = self.size(len(items) - begun + self.left)
         elif len(items) == 1:
-            begun = 1
-        # Otherwise one of them can't be sent, or not be read: it alone shall fail.
+            begun = 1  # it can't be sent, or not be read: it is this one that fails
+        # Otherwise one of several is: each is tried alone, in a chunk of size 1.
         if begun:
             self.tell(chunk.start, values, failure)
         chunk.call = None
@@ -1379,25 +1412,25 @@ class _Core:
         self.ending = "what ran it has cancelled it"  # why tasks are cancelled, unless they know
         self.broken: BaseException | None = None  # why no task will run any more
         self.works: set[_Work] = set()
-        """All that are not DONE. What is waited for at the end, and what ALL looks through: so a
-        Ctrl-C that comes between two steps here may cost an entry below, but never an end."""
+        """All that are not DONE, wherever they are: what shutdown() cancels, and waits for. A task comes
+        here first, so one that a Ctrl-C has kept out of ``pending`` is found all the same."""
         self.pending: collections.deque[_Work | _Map] = collections.deque()
         """In the order in which they run; cancelled ones too, until take() meets them."""
         self.uncut = 0  # items of maps that are in no chunk yet
         self.hungry = True
-        """An engine could do with more than there was. Set by ask() and by a take() that came up
-        short, cleared by add() alone, which then calls feed(): were it cleared by a take() that got
-        what it wanted, one worker's satisfaction would silence another's hunger."""
-        self.closed = threading.Condition(_lock)  # notified when CLOSED
-        self.untold: collections.deque[_Work] = collections.deque()  # CANCELLED under a lock
-        self.dropped: collections.deque[Any] = collections.deque()  # references, under a lock
-        self.deferred: collections.deque[Callable[[], Any]] = (
-            collections.deque()
-        )  # asked for likewise
+        """Whether add() is to call feed(), since some worker has got less than it could do with. Set by
+        ask() and by a take() that came up short; cleared by add() alone. If a take() that got what it
+        wanted cleared it, another worker that is still short would not be woken."""
+        # Notified when it is CLOSED; with a time limit, also when there is something to watch.
+        self.changed = threading.Condition(_lock)
+        # What was noted under a lock, for settle():
+        self.untold: collections.deque[_Work] = collections.deque()  # CANCELLED: to be told
+        self.dropped: collections.deque[Any] = collections.deque()  # references: to be let go
+        self.deferred: collections.deque[Callable[[], Any]] = collections.deque()  # to be called
         self.telling: collections.Counter[int] = collections.Counter()
         """Threads in which callbacks of ours run, by how deep: there is no waiting for the end in
         one, for it would wait for itself."""
-        self.settling: set[int] = set()  # threads that do so
+        self.settling: set[int] = set()  # threads in settle(), which is not to be entered again
         self.is_unwatched = True  # the thread of the time limits sleeps until there is a task
         engine.core = self
         self.live.add(self)
@@ -1424,15 +1457,15 @@ class _Core:
                     self.works.add(new)
                     self.pending.append(new)
                 hungry, self.hungry = self.hungry, False
-            # Here an engine may be in ask(), which sets hungry. Either it came before this: then
-            # feed() follows. Or it comes after, and counts what has just been added.
+            # An engine may be in ask() just now, which sets hungry. If it came first, feed() follows. If
+            # it comes after this, it counts what has just been added.
             if hungry:
                 self.engine.feed()
         except BaseException:
             if isinstance(new, _Task) and new.place is _PENDING:
                 with _lock:
-                    self.works.discard(new)  # a Ctrl-C: nobody gets its future, but take() may
-            self.hungry = True  # whoever was to be fed, may not have been
+                    self.works.discard(new)  # a Ctrl-C: nobody gets its future, so it is not to run
+            self.hungry = True  # feed() may not have been called: the next add() does it
             raise
 
     def check_open(self) -> None:
@@ -1443,7 +1476,7 @@ class _Core:
             raise RuntimeError("cannot schedule new futures after shutdown")
         if self.is_unwatched and self.limit is not None:
             self.is_unwatched = False
-            self.closed.notify_all()
+            self.changed.notify_all()
 
     def add_waiting(self, task: _Task, futures: Sequence[Future[Any]]) -> None:
         """Take a task that has these futures among its arguments. It waits without a worker."""
@@ -1469,8 +1502,8 @@ class _Core:
         with _lock:
             task.awaits -= 1
             is_last = not task.awaits
-        # Not here. A callback of one task that ends a second one, whose callback ends a third one,
-        # would reach Python's limit of recursion in a chain of some hundred.
+        # Not released in here, in a callback of the future: its release may end it, whose callback
+        # releases a third one, and a chain of some hundred would reach Python's limit of recursion.
         if is_last:
             self.defer(functools.partial(self.release, task))
 
@@ -1539,27 +1572,28 @@ class _Core:
                         work.unwanted -= 1
                         if work.place is _LENT:
                             work.reason = ""  # it goes on, and may be cancelled for another
-        self.tell([work for work in works if work.place is _CANCELLED])
+        self.tell_cancelled(works)
         self.settle()
 
     def recall(self, lent: Sequence[_Work], stop: bool) -> None:
         """Have back of these what waits at the engine and, if ``stop``, stop what runs there."""
-        # Which run is asked before any is stopped: by then its neighbour may have begun.
+        # All that run are found before any is stopped. After a stop() another one may begin, which would
+        # then be killed although it could have been taken back.
         for work in [work for work in lent if stop and self.engine.running(work)]:
             self.engine.stop(work)
-        # Not every engine knows all that runs: what does not come back when it is asked for, does.
-        # What comes back is lent anew, on another seat, if it is wanted.
-        seats = [(work, work.slot) for work in lent if work.place is _LENT]
+        # On Ray, what runs is a guess. What does not come back when it is asked for, does run, and is
+        # stopped as well; unless it has come back, is wanted, and was lent again, on another seat.
+        seats = [(work, work.seat) for work in lent if work.place is _LENT]
         if seats:
             self.engine.take_back([work for work, _ in seats])
-        for work, slot in seats if stop else ():
-            if work.place is _LENT and work.slot is slot:
+        for work, seat in seats if stop else ():
+            if work.place is _LENT and work.seat is seat:
                 self.engine.stop(work)
 
     def shutdown(self, wait: bool = True, policy: CancellationPolicy | None = None) -> None:
         """End: apply the policy and, if ``wait``, stay until nothing is left.
 
-        Without a policy, the executor's own is applied the first time; later there is but to wait.
+        Without a policy, the first call applies the executor's own, and later ones only wait.
         """
         if _under_a_lock():
             self.defer(functools.partial(self.shutdown, False, policy))
@@ -1572,7 +1606,9 @@ class _Core:
                 stops = CancellationPolicy.RUNNING in policy
                 self.stage = max(self.stage, _Stage.DISCARDING if discards else _Stage.DRAINING)
                 dropped: list[Any] = []
-                if discards or stops:  # else it cancels none, and an earlier one may have
+                if (
+                    discards or stops
+                ):  # else it cancels none, and is not the reason of those cancelled
                     self.ending = (
                         f"its executor has ended under {policy}: collect results inside the `with` "
                         "block, or choose another policy"
@@ -1581,27 +1617,25 @@ class _Core:
                     for work in self.works:
                         if work.place in _UNLENT:
                             work.place = _CANCELLED
-                    error = CancelledError(self.ending)
-                    dropped = [self.pending, *(self.fail_map(m, error) for m in self.pending)]
-                    self.pending = collections.deque()
+                    dropped = self.drop_pending(CancelledError(self.ending))
                 lent = [work for work in self.works if work.place is _LENT]
             if discards or stops:
                 self.recall(lent, stops)
             del dropped, lent
         # Last, since their callbacks may take their time.
         with _lock:
-            cancelled = [work for work in self.works if work.place is _CANCELLED]
-        self.tell(cancelled)
-        del cancelled
+            works = [*self.works]
+        self.tell_cancelled(works)
+        del works
         self.settle()
-        self.engine.feed()  # a Ctrl-C may have come before it where tasks were added
+        self.engine.feed()  # a Ctrl-C in add() may have come before it
         self.close_if_over()
         if not wait or self.engine.inside() or threading.get_ident() in self.telling:
             return
         try:
             with _lock:
                 while self.stage < _Stage.CLOSED:
-                    self.closed.wait()
+                    self.changed.wait()
         except BaseException:
             # Ctrl-C in the middle of the end: whoever asks again does not want to wait for tasks.
             self.shutdown(False, CancellationPolicy.ALL)
@@ -1627,23 +1661,23 @@ class _Core:
         self.settle()
 
     def keep_limit(self) -> None:
-        """Stop what runs for longer than it may: a thread's, for as long as the executor lives."""
+        """Stop what runs for longer than it may. The body of the thread that watches over the limit."""
         while True:
             with _lock:
                 while self.stage < _Stage.CLOSED and not (self.works or self.uncut):
                     self.is_unwatched = True
-                    self.closed.wait()
+                    self.changed.wait()
                 if self.stage is _Stage.CLOSED:
                     return
             left = self.stop_late(self.limit or 0.0)
             self.settle()
             with _lock:
                 if self.stage < _Stage.CLOSED:
-                    self.closed.wait(min(max(left, 0.001), threading.TIMEOUT_MAX))
+                    self.changed.wait(min(max(left, 0.001), threading.TIMEOUT_MAX))
 
     def stop_late(self, limit: float) -> float:
-        """Stop what has run for that long; the seconds until there may be more. By itself, for the
-        thread that calls it is to hold no task while it waits."""
+        """Stop what has run for that long; the seconds until there may be more. A function of its own, so
+        that the thread has no task among its variables while it waits."""
         now = oldest = time.monotonic()
         for work, since in self.engine.began():
             if now - since < limit:
@@ -1660,10 +1694,11 @@ class _Core:
         self.deferred.append(what)
         self.engine.feed()  # an engine's thread settles whenever it wakes
 
-    # What engines do; take() to stopped() under their lock, if they like.
+    # What engines do. put_back() and stopped() under _engine_lock; take() and ask() there or not; end(),
+    # settle() and break_down() under no lock.
 
     def ask(self) -> int:
-        """How many wait, about; and let feed() come at the next. An engine asks last, before it rests,
+        """How many wait, about; and let the next add() call feed(). An engine asks last, before it rests,
         as long as it could do with more."""
         with _lock:
             self.hungry = True
@@ -1674,10 +1709,11 @@ class _Core:
         return len(self.pending) + self.uncut
 
     def take(self, count: int) -> list[_Work]:
-        """Up to ``count``, lent from now on. If there are fewer, feed() comes at the next add()."""
+        """Up to ``count``, lent from now on. If it gives fewer, feed() comes at the next add()."""
         taken: list[_Work] = []
+        most = count
         with _lock:
-            while self.pending and len(taken) < count:
+            while self.pending and len(taken) < most:
                 head = self.pending[0]
                 if isinstance(head, _Map):
                     if head.abandoned:
@@ -1691,13 +1727,13 @@ class _Core:
                     if not head.left:
                         self.pending.popleft()
                     elif head.grows(chunk):
-                        # One at a time, and the next when it is known how long its items take: one
-                        # item's time, most of it not its own, makes a bad measure for all of them.
-                        count = len(taken) + 1
+                        # One a time, and the next when it is known how long its items take. The first
+                        # item's time is mostly that of caches, imports and clocks: a bad measure.
+                        most = len(taken) + 1
                 else:
                     self.pending.popleft()
                     if head.place is not _PENDING:
-                        self.dropped.append(head)  # maybe the last reference, and this is a lock
+                        self.dropped.append(head)  # perhaps the last reference, and this is a lock
                         continue
                     work = head
                 if work.abandoned:
@@ -1712,7 +1748,7 @@ class _Core:
 
     def put_back(self, works: Sequence[_Work]) -> None:
         """They have not begun: pending again, and first in the queue; or cancelled, if nobody wants
-        them any more. No feed() comes for them: who puts back knows of it."""
+        them any more. It does not call feed(): the engine does, if it may be asleep."""
         with _lock:
             wanted = []
             for work in works:
@@ -1739,17 +1775,14 @@ class _Core:
     def fail(self, work: _Work, error: BaseException) -> None:
         """It fails with this, as settle() will tell; under ``_lock``."""
         work.place = _ENDING
-        self.deferred.append(
-            functools.partial(self.end, [(work, ([], error, _count(work.call), 0.0))])
-        )
+        self.deferred.append(functools.partial(self.end, [_lost(work, error)]))
 
     def break_down(self, error: BaseException) -> None:
         """No task will run any more, and why; under no lock. What runs may go on to its end."""
         with _lock:
             if self.broken is None:
                 self.broken = error
-            dropped = [self.pending, *(self.fail_map(m, error) for m in self.pending)]
-            self.pending = collections.deque()
+            dropped = self.drop_pending(error)
             for work in self.works:
                 if work.place in _UNLENT:
                     self.fail(work, error)
@@ -1761,31 +1794,7 @@ class _Core:
         with _lock:
             for work, _ in outcomes:
                 work.place = _ENDING
-        raised = None
-        thread = threading.get_ident()
-        self.telling[thread] += 1
-        try:
-            for work, reply in outcomes:
-                call, message = work.call, work.message
-                try:
-                    work.finish(reply)
-                except BaseException as error:
-                    raised = self.raised(error, raised)
-                    # A callback has left by sys.exit(), or a Ctrl-C came in the middle of telling.
-                    # Once more: what was told stays so, and what was not is told now.
-                    work.finish(reply)
-                work.core = work.call = work.message = None
-                del call, message
-        finally:
-            self.leave(thread)
-            with _lock:
-                for work, _ in outcomes:
-                    work.place = _DONE
-                self.works.difference_update([work for work, _ in outcomes])
-        if self.stage:
-            self.close_if_over()
-        if raised is not None:
-            raise raised
+        self.tell(outcomes)
 
     def settle(self) -> None:
         """Under no lock: tell who was cancelled, drop what was dropped, do what was asked for."""
@@ -1798,56 +1807,69 @@ class _Core:
                 for what in _first(self.deferred):
                     what()
                 _first(self.dropped)
-                self.tell(_first(self.untold))
+                self.tell_cancelled(_first(self.untold))
         finally:
             self.settling.discard(thread)
 
     # Between the two.
 
     def add_first(self, chunks: Sequence[_Chunk]) -> None:
-        """What a chunk gives back is next to run."""
+        """What a chunk gives back runs next."""
         if not chunks:
             return
         with _lock:
             self.works.update(chunks)
             self.put_back(chunks)
 
-    def fail_map(self, entry: _Work | _Map, error: BaseException) -> Any:
-        """So fares what is in no chunk; under ``_lock``, so the caller drops what it was."""
-        if not isinstance(entry, _Map) or not entry.left:
-            return None
-        entry.tell(entry.first, [], error)
-        return entry.clear()
+    def drop_pending(self, error: BaseException) -> list[Any]:
+        """Empty the queue, and fail what is in no chunk of its maps; under ``_lock``. What it returns is to
+        be dropped under none."""
+        dropped: list[Any] = [self.pending]
+        for entry in self.pending:
+            if isinstance(entry, _Map) and entry.left:
+                entry.tell(entry.first, [], error)
+                dropped.append(entry.clear())
+        self.pending = collections.deque()
+        return dropped
 
-    def tell(self, works: Sequence[_Work]) -> None:
-        """Tell the futures of what is CANCELLED."""
+    def tell(self, outcomes: Sequence[tuple[_Work, Reply | None]]) -> None:
+        """Tell futures and maps what became of their tasks; None: they are cancelled."""
         raised = None
         thread = threading.get_ident()
         self.telling[thread] += 1
         try:
-            for work in works:
+            for work, reply in outcomes:
+                if reply is None:
+                    finish = functools.partial(work.finish_cancelled, self.ending)
+                else:
+                    finish = functools.partial(work.finish, reply)
                 call, message = work.call, work.message
-                work.call = work.message = None
                 try:
-                    work.finish_cancelled(self.ending)
+                    finish()
                 except BaseException as error:
-                    raised = self.raised(error, raised)
-                    work.finish_cancelled(self.ending)
-                work.core = None
-                del call, message
-                with _lock:
-                    work.place = _DONE
-                    self.works.discard(work)
+                    raised = self.to_raise(error, raised)
+                    # A callback has left by sys.exit(), or a Ctrl-C came while the result was set. Once
+                    # more: what is set stays so, and what is not, is set now.
+                    finish()
+                work.core = work.call = work.message = None
+                del call, message, finish
         finally:
             self.leave(thread)
+            with _lock:
+                for work, _ in outcomes:
+                    work.place = _DONE
+                self.works.difference_update([work for work, _ in outcomes])
         if self.stage:
             self.close_if_over()
         if raised is not None:
             raise raised
 
-    def raised(self, error: BaseException, before: BaseException | None) -> BaseException | None:
-        """What to raise when all are told: what leaves a callback in the main thread, a Ctrl-C
-        above all, goes on there. In any other thread, an engine's, it must not end the thread."""
+    def tell_cancelled(self, works: Iterable[_Work]) -> None:
+        self.tell([(work, None) for work in works if work.place is _CANCELLED])
+
+    def to_raise(self, error: BaseException, before: BaseException | None) -> BaseException | None:
+        """What is to be raised when all are told. In the main thread, what has left a callback, a Ctrl-C
+        above all, goes on; in any other, an engine's, it must not end the thread."""
         if threading.current_thread() is threading.main_thread():
             return before or error
         _log.critical("Exception in a callback of a task", exc_info=error)
@@ -1860,13 +1882,7 @@ class _Core:
 
     def close_if_over(self) -> None:
         with _lock:
-            is_over = _Stage.OPEN < self.stage < _Stage.CLOSING
-            # A map has uncut items as long as it is among the pending.
-            if (
-                not is_over
-                or self.works
-                or any(isinstance(m, _Map) and m.left for m in self.pending)
-            ):
+            if not _Stage.OPEN < self.stage < _Stage.CLOSING or self.works or self.uncut:
                 return
             self.stage = _Stage.CLOSING
         try:
@@ -1874,7 +1890,7 @@ class _Core:
         finally:
             with _lock:
                 self.stage = _Stage.CLOSED
-                self.closed.notify_all()
+                self.changed.notify_all()
 
     def forget(self) -> None:
         """In a forked child, which has none of our threads, and no right to our workers."""
@@ -1975,21 +1991,19 @@ class ParallelExecutor(Executor):
         unread: Iterator[Any] = zip(*iterables) if starred else iter(iterables[0])
         step = min(chunksize or 1, buffersize or 1)  # how many are read at a time, with buffersize
 
-        def read(count: int | None) -> int:
+        def read(count: int | None) -> None:
             block = list(islice(unread, count))
             block.reverse()
             if block:
                 core.add(source, block)
-            return source.first + source.left
 
-        # Not what read() returns: some may be cut by now, and first has moved.
         read(buffersize and buffersize // step * step)
         if buffersize is None:
-            unread = iter(())  # zip() holds the first that it has yielded
+            unread = iter(())  # zip() holds the last tuple that it has yielded
 
         def results() -> Iterator[T]:
             _keep = self  # as long as somebody wants the results, the executor is not dropped
-            # How many outcomes were taken; in order, that is the place of the next one, too.
+            # How many results were taken; in order, that is also the index of the next outcome.
             index = yielded = 0
             try:
                 while True:
@@ -2036,15 +2050,15 @@ class ParallelExecutor(Executor):
             executor.shutdown(cancel_futures=CancellationPolicy.ALL)
 
         Args:
-            wait: return only when nothing runs any more and the workers are given back.
+            wait: return only when all tasks have ended, and the workers are given back.
             cancel_futures: a policy, a bool, or None for the executor's own.
         """
         self._core.shutdown(wait, None if cancel_futures is None else _as_policy(cancel_futures))
 
     def kill_workers(self) -> None:
-        """End at once: what has not begun is cancelled, what runs fails with
-        ``BrokenProcessPool``, and its worker is killed where the engine can do that. As in Python
-        3.14's ``ProcessPoolExecutor``."""
+        """End at once: what has not begun is cancelled, and what runs fails with ``BrokenProcessPool``,
+        for its worker is killed. As in Python 3.14's ``ProcessPoolExecutor``. Where there are no
+        processes to kill (over threads, in the calling process), what runs goes on to its end."""
         self._core.kill("kill_workers")
 
     def terminate_workers(self) -> None:
@@ -2054,9 +2068,9 @@ class ParallelExecutor(Executor):
 
 def _drop(core: _Core) -> None:
     """End an executor that nobody has any more."""
-    # The collector calls this in any thread, maybe under a lock of its own or of somebody else's.
-    # threading.Thread takes locks, so it is the bare function. At the interpreter's exit no thread
-    # can start any more; there, _end_all() does what is to do.
+    # The collector calls this in any thread, perhaps one that holds a lock of ours or of somebody else's.
+    # So it is the bare function: threading.Thread takes locks. At the interpreter's exit no thread can
+    # start any more; there, _end_all() does what is to do.
     with contextlib.suppress(RuntimeError):
         _thread.start_new_thread(core.shutdown, (False,))
 
@@ -2073,7 +2087,7 @@ def _end_all() -> None:
 
 def _at_exit(function: Callable[[], None], priority: int = 100) -> None:
     """Call it when this process ends, in whichever way that is."""
-    # The handler called last is the one registered first: be before Ray's and multiprocessing's.
+    # Registered anew, for what is registered last is called first: before Ray's and multiprocessing's.
     atexit.unregister(function)
     atexit.register(function)
     # A process of multiprocessing (a loky worker, a child of ProcessPoolExecutor) leaves by
@@ -2108,11 +2122,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def _worker_functions() -> tuple[Callable[..., Any], ...]:
-    """What is defined in here, so that cloudpickle sends it by value.
-
-    A worker need not be able to import this file. They use nothing of it but the names of the
-    standard library's modules, which cloudpickle sends as such.
-    """
+    """Functions defined inside a function go by value, so that a worker need not be able to import this
+    file. They may use the standard library's modules, which cloudpickle sends by name, and each other, but
+    no other global of this file."""
 
     def run(fn: Callable[..., Any], arguments: Any, how: Any, budget: float | None) -> Reply:
         """Run a call. Of a chunk, no further item is begun when one fails or the budget is over."""
@@ -2157,7 +2169,7 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
         return traceback.format_exception_only(type(error), error)[-1].strip()
 
     def pack(error: BaseException | None, dumps: Callable[..., bytes]) -> tuple[bytes, str] | None:
-        """An exception and its traceback, so that it can't fail to be pickled."""
+        """An exception's pickle and its traceback's text; if it can't be pickled, an error's that says so."""
         if error is None:
             return None
         try:
@@ -2171,11 +2183,11 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
             return pickle.dumps(pickle.PicklingError(f"{what}, {said(reason)}")), text
 
     def reborn(cls: Any, args: Any, state: Any = None) -> BaseException:
-        """An exception made anew without its class's own ``__init__``, which may take other arguments
-        than it has passed on, and has been called once."""
+        """An exception made anew, without the ``__init__`` of its class: that may take other arguments than
+        those in ``args``, and it ran when the exception was made."""
         builtin = cls
         while builtin.__module__ != "builtins":
-            builtin = builtin.__base__  # the one that its memory is laid out for
+            builtin = builtin.__base__  # the nearest one, which laid out its memory
         error: BaseException = builtin.__new__(cls, *args)
         builtin.__init__(error, *args)  # for what is not in args: an OSError's errno, say
         for name, value in (state or {}).items():
@@ -2183,14 +2195,14 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
         return error
 
     def dumper(cloudpickle: Any) -> Callable[..., bytes]:
-        """A ``dumps(value, buffers=None, more=None)`` by cloudpickle, but for three things: code keeps
-        the name of its file, ``lru_cache``d functions go by value where others do, and exceptions are
+        """A ``dumps(value, buffers=None, more=None)`` as cloudpickle's, with three changes: code keeps the
+        name of its file, ``lru_cache``d functions go by value where plain ones would, and exceptions are
         made anew by reborn(). ``more`` has further reducers, by type."""
         memoized = type(functools.lru_cache(len))
         by_type = cloudpickle.Pickler.dispatch_table
 
         def reduce_code(code: Any) -> Any:
-            # cloudpickle 3.1.2 and newer leave it out: no traceback would show a line of the user's.
+            # cloudpickle 3.1.2 and newer leave the name out, and then no traceback shows a line.
             make, args = by_type[types.CodeType](code)
             return make, tuple(
                 code.co_filename if type(arg) is str and arg == "<dynamic-code>" else arg
@@ -2248,8 +2260,9 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
         return dumps
 
     def opener(loads: Callable[[bytes], Any]) -> Callable[[bytes | None, bytes], Any]:
-        """What makes a call of a message. It keeps functions by their bytes: the same bytes are the same
-        function, so what that stores in a global is there for its next call, as it is in a module."""
+        """An ``open_call(head, body)``, which makes a call of a message. It keeps the functions that it has
+        made: the same bytes are the same function, so what that stores in a global is there for its next
+        call, as it is in a module."""
         functions: dict[bytes, Any] = {}
 
         def open_call(head: bytes | None, body: bytes) -> Any:
@@ -2270,13 +2283,14 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
     def set_up(data: bytes, dumps: Callable[..., bytes]) -> Callable[[bytes], Any]:
         """Run an initializer, and return the loads() for what comes after it.
 
-        cloudpickle gives the functions of each pickle globals of their own. They are to see what the
-        initializer has set in its own, unless the program has changed that since.
+        cloudpickle gives the functions of each pickle globals of their own. Those of later pickles are to
+        see what the initializer has set in its own, unless the program has changed that since.
         """
         spaces: list[dict[str, Any]] = []  # the globals of those that the initializer is made of
         set_by_it: dict[Any, dict[str, tuple[Any, bytes | None]]] = {}
-        """By module and name: the value that it has set, and how the one looked that was sent, with
-        it or, if it did not mention the name, with the first function that does."""
+        """By module and name: the value that it has set, and what the value that the program sent under
+        that name looked like (None, if it has not been sent yet). If a later function comes with one
+        that looks otherwise, the program has changed it since, and that one counts."""
 
         def look(value: object) -> bytes | None:
             if isinstance(value, (types.FunctionType, types.ModuleType, type)):
@@ -2334,8 +2348,8 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
     def seal(reply: Reply, dumps: Callable[..., bytes], buffers: list[Any] | None = None) -> bytes:
         """The pickle of a reply, or else of the failure to pickle it; its buffers go to a list.
 
-        Results of a chunk that are not plain are pickled one by one, into a tuple: one that can't
-        be pickled, or not be unpickled, then costs itself alone.
+        Results of a chunk that are not plain are pickled one by one, into a tuple: so one that can't be
+        pickled, or not be unpickled, costs no other.
         """
         values, error, begun, seconds = reply
         if error is None and buffers is None:
@@ -2361,8 +2375,8 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
         else:
             if len(values) > 1 and buffers is None:
                 return pickle.dumps((tuple(good), pack(error, dumps), begun, seconds))
-            good = good[:-1]  # each alone can be pickled, all can't: the last one stands for them
-        failure = reason  # sys.exit(), say, stays what it is
+            good = good[:-1]  # each can be pickled alone, but not all together: the last one fails
+        failure = reason  # what is no Exception, a SystemExit say, stays what it is
         if isinstance(reason, Exception):
             what = f"Could not pickle the result of a task, {type(value).__name__}: {said(reason)}"
             failure = pickle.PicklingError(what).with_traceback(reason.__traceback__)
@@ -2378,18 +2392,19 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
         method: Any,
         cloudpickle: str,
     ) -> None:
-        """The life of a worker process: read a batch of calls, run them, reply to each.
+        """The life of a worker process: read a batch of calls, run them, reply to each. What it writes:
 
-        It says that it is ready with an empty message, also after an initializer, and with another
-        one whenever calls of the batch that it works on have been taken back; with b"b" and b"e", if
-        that is asked for, that it begins a call, and that it has ended it.
+        - ``b""``: it is ready, after its start, after an initializer, and after an executor's end; or,
+          while it works, the rest of its batch has been taken back;
+        - ``b"b"`` and ``b"e"``, if there is a time limit: it begins a call; the call has ended;
+        - anything else: a reply, as seal() makes it.
         """
         import faulthandler
         import multiprocessing
 
         with contextlib.suppress(OSError):
-            # What this process was born with is its own: what a task starts must not hold our
-            # connection open when we are gone.
+            # A process that a task starts must not inherit our connection: it would stay open, and our
+            # death would not be seen.
             for name in os.listdir("/dev/fd"):
                 with contextlib.suppress(OSError):
                     os.set_inheritable(int(name), int(name) < 3)
@@ -2427,14 +2442,14 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
         multiprocessing.set_start_method(method, force=True)
 
         def state() -> tuple[Any, ...]:
-            """What the next executor must not find otherwise than in a fresh process."""
+            """What is compared before the next executor gets this process; modules are not."""
             folder = None
             with contextlib.suppress(OSError):
                 folder = os.getcwd()
             return folder, dict(os.environ), list(sys.path)
 
-        # Mapped files stay mapped from task to task, for which page faults would take longer
-        # than many a task, but no longer than a second: they may be large, and gone elsewhere.
+        # Files stay mapped from task to task, since to map one anew takes longer than many a task. But
+        # only until nothing has come for a second: mapped, a file that is gone still takes its memory.
         maps: dict[str, Any] = {}
         process: Any = multiprocessing.current_process()
         process.parallel_backend_maps = maps  # map_file comes by value: this both can find
@@ -2469,11 +2484,11 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
                     return
                 send(b"")
                 continue
-            slot, path, is_limited, calls = pickle.loads(message)
+            semaphore, path, is_limited, calls = pickle.loads(message)
             if path is not None:
                 sys.path[:] = path  # the program has changed it since this process was started
                 born = (*born[:2], path)
-            if slot is None:
+            if semaphore is None:
                 try:
                     open_call = opener(set_up(calls, dumps))
                 except BaseException as error:
@@ -2481,11 +2496,11 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
                 else:
                     send(b"")
                 continue
-            acquire = permits[slot].acquire if permits is not None else None
+            acquire = permits[semaphore].acquire if permits is not None else None
             calls.reverse()
             while calls:
-                # Only with a permit of its batch, and only when all before it is replied to: so
-                # the driver, which takes back by taking permits, knows that at most one has begun.
+                # A permit is taken only when the reply before it is written in full. So at any moment at
+                # most one call has begun and is not replied to, on which the driver relies.
                 if acquire is not None and not acquire(False):
                     send(b"")
                     break
@@ -2513,7 +2528,7 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
             message = calls = None
 
     def map_file(path: str, spans: list[tuple[int, int]]) -> Any:
-        """Load an object from a file of :class:`_Shared`."""
+        """Load an object from a file of :class:`_Shared`, of which its buffers stay a part."""
         import mmap
         import multiprocessing
 
@@ -2610,7 +2625,7 @@ def _import_or_explain(package: str) -> ModuleType:
             with warnings.catch_warnings():
                 # Without semaphores (no /dev/shm, say) joblib says so, which is untrue of us.
                 warnings.filterwarnings("ignore", message=".*joblib will operate in serial mode")
-                # By itself: where it is blocked, its submodule's import may name another.
+                # The package first: if it is missing, the import of its submodule may name another one.
                 importlib.import_module(top)
         except ImportError as error:
             if error.name not in (top, None):
@@ -2670,10 +2685,10 @@ class _Calls:
     def message(
         self, call: Call, heads: dict[Any, bytes], more: Any = None, left_out: Any = ()
     ) -> Message:
-        """``heads`` has the functions of this batch: each is pickled once a batch, and sent once, since
-        pickle remembers the bytes it has seen. Not for longer, for what a function refers to by value
-        may change. ``more`` has further reducers, by type, and ``left_out`` lists the handles that a
-        pickle meets."""
+        """``heads`` has the pickles of this batch's functions: each is made once a batch, and sent once,
+        since pickle remembers the bytes it has seen. They are not kept longer, for the globals that go
+        with a function may change. ``more`` has further reducers, by type, and ``left_out`` lists the
+        handles that a pickle meets."""
         fn, arguments, how, budget = call
         if not self.is_known_again(fn, arguments, how):
             return None, self.dumps(call, None, more)
@@ -2730,7 +2745,8 @@ class _Calls:
 
 
 def _may_share(fn: Any, arguments: Any, how: Any) -> bool:
-    """Whether an argument may be an object that a function refers to: by ``is`` it is to be found."""
+    """Whether an argument may be an object that the function's globals or closure have, too. Then both go
+    in one pickle, so that it stays one object."""
     if getattr(fn, "__closure__", None) is not None or not hasattr(fn, "__code__"):
         return True
     used = {id(fn.__globals__.get(name)) for name in fn.__code__.co_names}
@@ -2787,14 +2803,15 @@ class _Wishes(NamedTuple):
 
 
 class _InlineEngine(_Engine):
-    """Runs a task in the thread that submits it."""
+    """Runs tasks in this process, one at a time: in the thread that submits, or in the one that has the
+    turn."""
 
     chunk_seconds = 0.0
     name = "the calling process"
 
     def __init__(self, wishes: _Wishes) -> None:
         self.setup = wishes.setup  # until it was run; under turn
-        # One at a time. Reentrant, for a task may submit another one and wait for it.
+        # Held by the thread that runs tasks. Reentrant, for a task may submit another, and wait for it.
         self.turn = threading.RLock()
         self.depth = 0  # of tasks in tasks; under turn
         self.is_broken_off = False  # the last run_all() did not come to its end; under turn
@@ -2802,12 +2819,12 @@ class _InlineEngine(_Engine):
     def feed(self) -> None:
         core = self.core
         if _under_a_lock():
-            # A __del__ has submitted: some other thread has to do it. At exit none can start.
+            # A __del__ has submitted: another thread has to run it. At exit none can start.
             core.deferred.append(self.feed)
             with contextlib.suppress(RuntimeError):
                 _thread.start_new_thread(core.settle, ())
             return
-        # Without a task there is nothing to wait for: who has the turn settles when it is out.
+        # If nothing is pending, don't wait for the turn: the thread that has it settles when it is out.
         if not self.turn.acquire(blocking=bool(core.pending)):
             return
         try:
@@ -2868,8 +2885,8 @@ def _end_before_threads() -> None:
 class _OverEngine(_Engine):
     """Any other executor: it gets as many tasks as it can run, and gives back by Future.cancel().
 
-    A thread of ours submits to it and hears of the ends. It can be no other: an executor may call
-    back, and the collector may run a ``__del__`` that submits, while it holds locks of its own.
+    A thread of ours submits to it and hears of the ends, and not the user's: the executor may call back,
+    or a ``__del__`` may submit, while the executor holds a lock of its own.
     """
 
     def __init__(self, executor: Executor, max_workers: int) -> None:
@@ -3012,8 +3029,13 @@ class _Portable:
 
     def __reduce__(self) -> Any:
         with contextlib.suppress(ImportError):
-            return pickle.loads, (_joblib_calls().dumps(_run),)
+            return pickle.loads, (_run_by_value(),)
         return "_portable_run"  # by name
+
+
+@functools.cache
+def _run_by_value() -> bytes:
+    return _joblib_calls().dumps(_run)
 
 
 _portable_run = _Portable()
@@ -3021,6 +3043,10 @@ _portable_run = _Portable()
 
 class _EngineBackend(ParallelBackend):
     """A backend whose executors are the core over an engine."""
+
+    _stops: ClassVar[bool] = (
+        True  # whether its engine can stop a task; if not, limits have no effect
+    )
 
     @classmethod
     @_config_deprecated()
@@ -3040,7 +3066,7 @@ class _EngineBackend(ParallelBackend):
         _check_number("max_workers", max_workers)
         _check_number("max_tasks_per_child", max_tasks_per_child)
         _check_number("task_timeout", task_timeout, (int, float))
-        if task_timeout == float("inf"):
+        if task_timeout == float("inf") or not cls._stops:
             task_timeout = None
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer must be a callable, not {initializer!r}")
@@ -3065,6 +3091,8 @@ class _EngineBackend(ParallelBackend):
 class SequentialParallelBackend(_EngineBackend, backend_name="sequential"):
     """Runs every task at once, in the calling process: for debuggers, profilers and ``print``."""
 
+    _stops = False
+
     @classmethod
     def _engine(cls, wishes: _Wishes) -> _Engine:
         return _InlineEngine(wishes)
@@ -3074,7 +3102,7 @@ class SequentialParallelBackend(_EngineBackend, backend_name="sequential"):
 #
 # How a worker process is started, owned and ended, wherever this runs.
 
-IDLE_SECONDS = 60  # after which a worker without a task ends
+IDLE_SECONDS = 60  # without news from any worker, after which those without a task end
 
 
 _JOBLIB_IS_QUIET = "ignore::UserWarning:joblib._multiprocessing_helpers"
@@ -3118,7 +3146,7 @@ class _Process:
     joblib 0.12.
     """
 
-    alive: ClassVar[set[_Process]] = set()  # all until end(), lest one be forgotten and live on
+    alive: ClassVar[set[_Process]] = set()  # all until end(); _kill_workers() ends the rest at exit
     spawning: ClassVar[dict[Any, int]] = {}
     """The far ends of connections to processes that are being started, and by which thread."""
 
@@ -3126,11 +3154,12 @@ class _Process:
         import multiprocessing
         from multiprocessing import resource_tracker
 
-        # What it inherits is what holds when it is started, not when its executor was made.
+        # What it inherits: as it is now, and not as it was when its executor was made.
         self.shape = _shape(env)
         self.path = list(sys.path)
         self.up = False  # it has said that it is ready
-        self.ended = threading.RLock()  # guards the next: who reaps it, and that it is done once
+        # Held while it is killed or reaped: after that its id may belong to another process.
+        self.reaping = threading.RLock()
         self.exitcode: int | None = None
         self.is_reaped = False
         self.gone = False
@@ -3145,8 +3174,9 @@ class _Process:
             env = {**env, "PYTHONWARNINGS": quiet}
         context = _import_or_explain("joblib.externals.loky.backend").get_context("loky")
         if sys.platform != "win32":
-            # The process inherits the mask and is safe from Ctrl-C while it starts. To start one
-            # of the trackers, which a start would do, removes the mask: so it is done before.
+            # Blocked in this thread, the starter, for good: the process inherits the mask, so that no
+            # Ctrl-C can meet it before it has its own way with it. To start one of the two trackers
+            # would take the mask away, so they are started first.
             with _in_some_folder():
                 resource_tracker.ensure_running()
             _loky_tracker()
@@ -3182,11 +3212,11 @@ class _Process:
 
     @staticmethod
     def start(process: Any) -> Any:
-        """Start it through its Popen and not by process.start(), which
+        """Start it by its Popen, and not by process.start(). That would
 
-        - enters it among the children of this process that multiprocessing joins when this ends:
-          for ever, where this is itself a process of multiprocessing and a task runs;
-        - refuses a daemonic process, as multiprocessing.Pool's are, any child.
+        - have multiprocessing join it when this process ends: for ever, if this is itself a process of
+          multiprocessing, and a task runs;
+        - fail in a daemonic process, as multiprocessing.Pool's workers are.
         """
         if sys.platform == "win32":
             return process._Popen(process)
@@ -3198,7 +3228,8 @@ class _Process:
             permit.unlink()
 
     def kill(self) -> None:
-        """SIGKILL to it and all that it has started. Only as long as nobody may have reaped it."""
+        """SIGKILL to it and all that it has started. Only while it is not reaped, for its id may be
+        another's then: under ``reaping``, or before the engine has let it go."""
         if sys.platform == "win32":
             self.popen.terminate()
             return
@@ -3207,7 +3238,7 @@ class _Process:
                 kill(self.popen.pid, signal.SIGKILL)
 
     def abort(self) -> None:
-        """Let faulthandler print its stack, which ends it, in a C loop too. As kill()."""
+        """Let faulthandler print its stack, which ends it, in a C loop too. When, as for kill()."""
         if sys.platform == "win32":
             self.kill()
             return
@@ -3215,18 +3246,18 @@ class _Process:
             os.kill(self.popen.pid, signal.SIGABRT)
 
     def await_abort(self) -> None:
-        """Until that is done; unless a task has had its own idea of the signal."""
+        """Wait until that is done. If a task has a handler of its own for the signal, kill it."""
         from multiprocessing.connection import wait
 
         with contextlib.suppress(OSError, ValueError):  # it is gone already
             wait([self.popen.sentinel if self.pidfd is None else self.pidfd], 1)
-        with self.ended:
+        with self.reaping:
             if not self.is_reaped:
                 self.kill()
 
     def reap(self) -> None:
         """Kill it and wait until it is gone."""
-        with self.ended:
+        with self.reaping:
             if not self.is_reaped:  # else its id may be another's by now
                 self.kill()
                 # None, where somebody else has reaped it: a program that ignores SIGCHLD, say.
@@ -3235,8 +3266,8 @@ class _Process:
                 self.unlink()
 
     def end(self) -> None:
-        """Kill it, wait until it is gone, and give back what it has held. For whoever reads from it."""
-        with self.ended:
+        """Kill it, wait until it is gone, and close our ends. For the thread that reads from it."""
+        with self.reaping:
             if self.gone:
                 return
             self.reap()
@@ -3249,7 +3280,7 @@ class _Process:
                 os.close(self.pidfd)
 
     def has_died(self) -> bool:
-        with self.ended:
+        with self.reaping:
             if self.is_reaped:
                 return True
             if sys.platform == "win32" or not hasattr(os, "waitid"):
@@ -3329,7 +3360,7 @@ def _quiet_popen() -> Any:
 
 
 def _shape(env: dict[str, str]) -> tuple[Any, ...]:
-    """What a new process would inherit: only for whom it is the same may a warm one do."""
+    """What a new process would inherit. A warm one is used only if all this is as it was for it."""
     folder = None
     with contextlib.suppress(OSError):  # it has been removed
         folder = os.getcwd()
@@ -3422,7 +3453,7 @@ class _Starter:
         self.kept.append((time.monotonic(), process))
 
     def adopt(self, shape: tuple[Any, ...]) -> _Process | None:
-        """A warm process in which everything is as it would be in a new one."""
+        """A warm process of that shape, if there is one."""
         for entry in self.kept[::-1]:
             process = entry[1]
             if process.shape == shape:
@@ -3447,7 +3478,8 @@ _starter = _Starter()
 
 def _kill_workers() -> None:
     """At exit, for which a script does not wait; and in tests."""
-    with _starter.starting:  # one that is just started would miss its semaphores, and say so
+    # Not while one is started: it would miss its semaphores, and print a traceback.
+    with _starter.starting:
         _starter.kept.clear()
         for process in _Process.alive.copy():
             process.end()
@@ -3460,8 +3492,8 @@ def _forget_workers() -> None:
     _starter = _Starter()
     _Process.alive.clear()
     for connection, thread in _Process.spawning.items():
-        # Or the parent would not see the worker's end while this child lives; unless this is the
-        # worker, which older versions of loky fork in the thread that starts it.
+        # Otherwise the parent would not see the worker's end while this child lives. But older versions
+        # of loky fork to start a worker, and that is then this child.
         if thread != threading.get_ident():
             connection.close()
 
@@ -3532,15 +3564,15 @@ def _handles_met() -> Iterator[list[Any]]:
 class _Batch:
     """Calls sent in one message, until each is replied to or, from some one on, taken back."""
 
-    def __init__(self, slot: int, works: Sequence[_Work], size: int) -> None:
-        self.slot = slot  # which of the worker's two semaphores
+    def __init__(self, semaphore: int, works: Sequence[_Work], size: int) -> None:
+        self.semaphore = semaphore  # which of the worker's two
         self.size = size  # bytes
         self.works = collections.deque(works)  # less those replied to, taken back or stopped
         self.left = len(works)  # calls not replied to, nor said to be taken back; 0: it is over
 
 
 class _Seat:
-    """Where a lent task sits: what the engine has for ``work.slot``."""
+    """Where a lent task sits: what the engine has for ``work.seat``."""
 
     __slots__ = ("batch", "worker")
 
@@ -3554,7 +3586,9 @@ class _Worker:
 
     def __init__(self, process: _Process, is_new: bool) -> None:
         self.process = process
-        self.is_new = is_new  # and no warm one, which may find that it is not as it was, and end
+        # Whether it was started for us. If so, its death before it is up is a failure; a warm one may
+        # have ended because something in it was no longer as it was at first.
+        self.is_new = is_new
         self.inbox = bytearray()
         self.batches: collections.deque[_Batch] = collections.deque()
         """At most two; the first is what it works on."""
@@ -3567,8 +3601,8 @@ class _Worker:
         self.heard = time.perf_counter()
 
     def take_back(self, most: int = sys.maxsize, down_to: _Work | None = None) -> list[_Work]:
-        """Calls that have not begun, the last ones first, no more than ``most``, and none before
-        ``down_to``; in the order in which they were lent."""
+        """Take back calls that have not begun, from the end of its queue: ``most`` of them, or until
+        ``down_to`` is among them. Returned in the order of the queue."""
         back: list[_Work] = []
         permits = self.process.permits
         for batch in reversed(self.batches):
@@ -3576,10 +3610,10 @@ class _Worker:
             while len(batch.works) > keep and len(back) < most:
                 if back and back[-1] is down_to:
                     break
-                if permits is None or not permits[batch.slot].acquire(False):
+                if permits is None or not permits[batch.semaphore].acquire(False):
                     break  # all that are left here have begun, and so have those before
                 work = batch.works.pop()
-                work.slot = None
+                work.seat = None
                 back.append(work)
             if len(batch.works) > keep:
                 break
@@ -3612,7 +3646,8 @@ class _LokyEngine(_Engine):
         self.env = env
         self.workers: list[_Worker] = []
         self.idle: list[_Worker] = []  # those of them that are up and have nothing
-        self.quiet: dict[_Worker, None] = {}  # those up, by when they were heard of last
+        # Those that have work, or may have, in the order in which they were heard of last.
+        self.by_last_news: dict[_Worker, None] = {}
         self.pace = 1.0  # seconds of a call, of late
         self.starting = 0  # ordered and not arrived
         self.arrived: collections.deque[tuple[_Process | None, BaseException | None]]
@@ -3634,8 +3669,9 @@ class _LokyEngine(_Engine):
     # What the core calls.
 
     def feed(self) -> None:
-        # Without a lock, since it comes from anywhere. Two threads may both ring: no harm. The
-        # reader takes woken away before it looks for work, so whoever finds it set is seen to.
+        # Without a lock, since it may come from a __del__. If two threads both ring, the reader wakes up
+        # once more. It clears ``woken`` before it looks for work, so whoever finds that set can rely on a
+        # look that is still to come.
         if not self.woken:
             try:
                 self.woken = True
@@ -3651,20 +3687,20 @@ class _LokyEngine(_Engine):
 
     def running(self, work: _Work) -> bool:
         try:
-            batch = work.slot.batch
-            return batch.works[0] is work and work.slot.worker.batches[0] is batch
+            batch = work.seat.batch
+            return batch.works[0] is work and work.seat.worker.batches[0] is batch
         except (AttributeError, IndexError):
             return False  # it is pickled, or moves just now
 
     def take_back(self, works: list[_Work]) -> None:
         with _engine_lock:
             for work in works:
-                seat = work.slot
+                seat = work.seat
                 if seat is None:
                     continue  # put back, or replied to
                 worker = seat.worker
                 if seat.batch is None:
-                    work.slot = None  # it is being pickled: it will not be sent
+                    work.seat = None  # it is being pickled: it will not be sent
                     self.core.put_back([work])
                 elif not worker.doomed and not self.running(work):
                     self.core.put_back(worker.take_back(down_to=work))
@@ -3674,7 +3710,7 @@ class _LokyEngine(_Engine):
 
     def stop(self, work: _Work) -> None:
         with _engine_lock:
-            seat = work.slot
+            seat = work.seat
             if seat is None or seat.batch is None or seat.worker.doomed:
                 return
             worker = seat.worker
@@ -3684,7 +3720,7 @@ class _LokyEngine(_Engine):
                 return  # one behind it has begun, so it has ended: its reply is on its way
             batch.works.pop()
             worker.outstanding -= 1
-            work.slot = None
+            work.seat = None
             worker.doomed = True  # nothing follows, so the signal hits this task or none
             is_late = isinstance(work.verdict, TimeoutError)
             (worker.process.abort if is_late else worker.process.kill)()
@@ -3698,7 +3734,8 @@ class _LokyEngine(_Engine):
             busy = [
                 w for w in self.workers if w.outstanding and not w.doomed and w.batches[0].works
             ]
-            # If what was written is no longer there, the reader had set is_read before it read it.
+            # Not one whose reply may have come. The pipe is looked at before is_read, since the reader
+            # sets that before it empties the pipe: one of the two shows it.
             return [
                 (worker.batches[0].works[0], worker.since)
                 for worker in busy
@@ -3803,14 +3840,12 @@ class _LokyEngine(_Engine):
         self.limit = self.max_workers
         if self.failures < _PATIENCE:
             return  # start_more() tries again
-        self.failures = 0  # and does so at the next submit
+        self.failures = 0  # start_more() tries again, if more is pending by then
         with _engine_lock:
             works = self.core.take(sys.maxsize)
         reason = error or RuntimeError("unknown")
         message = "No worker process could be started. Are there processes, descriptors and memory left (ulimit -a)?"
-        self.core.end(
-            [(work, ([], _broken(message, reason), _count(work.call), 0.0)) for work in works]
-        )
+        self.core.end([_lost(work, _broken(message, reason)) for work in works])
 
     def retire(self) -> None:
         """Nobody has had work for long: let the idle ones go."""
@@ -3834,7 +3869,7 @@ class _LokyEngine(_Engine):
         core = self.core
         is_dry = not worker.outstanding
         there = len(self.workers) + self.starting
-        # One that idles, or may yet be started, could have what is lent to this one beyond its first.
+        # Nothing is lent ahead while another worker, idle or still to be started, could run it now.
         is_alone = not self.idle and there >= self.limit and worker.process.permits is not None
         room = min(int(_AHEAD / self.pace), 2 * _BATCH) - worker.outstanding if is_alone else 0
         if is_dry:
@@ -3842,8 +3877,9 @@ class _LokyEngine(_Engine):
         room = min(room, worker.spare)
         if room < 1:
             return []
+        # One that has been silent may be in a long task: what waits behind that, others can run.
         now = time.perf_counter()
-        for other in self.quiet:
+        for other in self.by_last_news:
             if now - other.heard < _QUIET:
                 break
             if other.outstanding > 1 and other is not worker:
@@ -3853,12 +3889,12 @@ class _LokyEngine(_Engine):
         if is_dry and not works and self.take_from_fullest():
             works = core.take(count)
         for work in works:
-            work.slot = _Seat(worker)
+            work.seat = _Seat(worker)
         if is_dry:
             if worker in self.idle:
                 self.idle.remove(worker)
             if not works:
-                self.quiet.pop(worker, None)
+                self.by_last_news.pop(worker, None)
                 self.idle.append(worker)
         return works
 
@@ -3901,15 +3937,15 @@ class _LokyEngine(_Engine):
             call = None  # it holds its arguments
             del heads, met
             with _engine_lock:
-                # Those taken back meanwhile have another seat, or none.
-                mine = [w for w in works if w.slot is not None and w.slot.worker is worker]
+                # Less those taken back while we pickled: they have no seat, or another one.
+                mine = [w for w in works if w.seat is not None and w.seat.worker is worker]
                 failed = [outcome for outcome in failed if outcome[0] in mine]
                 for work, _ in failed:
-                    work.slot = None
-                mine = [work for work in mine if work.slot is not None]
+                    work.seat = None
+                mine = [work for work in mine if work.seat is not None]
                 fitting = 0 if worker.doomed else self.fitting(worker, mine)
                 for work in mine[fitting:]:
-                    work.slot = None
+                    work.seat = None
                 self.core.put_back(mine[fitting:])
                 message = self.record(worker, mine[:fitting]) if fitting else None
             for work in works:
@@ -3935,33 +3971,33 @@ class _LokyEngine(_Engine):
 
     def record(self, worker: _Worker, works: Sequence[_Work]) -> bytes:
         """Give them a permit each; the message to send. Under ``_engine_lock``."""
-        slot = 1 - worker.batches[-1].slot if worker.batches else 0
-        batch = _Batch(slot, works, sum(_sizes(works)))
+        semaphore = 1 - worker.batches[-1].semaphore if worker.batches else 0
+        batch = _Batch(semaphore, works, sum(_sizes(works)))
         permits = worker.process.permits
         for work in works:
-            work.slot.batch = batch
+            work.seat.batch = batch
             if permits is not None:
-                permits[slot].release()
+                permits[semaphore].release()
         worker.batches.append(batch)
         if not worker.outstanding:
             self.hear(worker)
         worker.outstanding += len(works)
         worker.spare -= len(works)
-        return self.letter(worker, slot, [work.message for work in works])
+        return self.letter(worker, semaphore, [work.message for work in works])
 
-    def letter(self, worker: _Worker, slot: int | None, content: object) -> bytes:
-        """The message to a worker: a batch for that slot or, without one, what sets it up."""
+    def letter(self, worker: _Worker, semaphore: int | None, content: object) -> bytes:
+        """The message to a worker: a batch with that semaphore or, without one, what sets it up."""
         path = None
         if sys.path != worker.process.path:
             path = worker.process.path = list(sys.path)
             folder, _, *rest = worker.process.shape
             worker.process.shape = folder, tuple(path), *rest
-        return pickle.dumps((slot, path, self.is_limited, content), 5)
+        return pickle.dumps((semaphore, path, self.is_limited, content), 5)
 
     def hear(self, worker: _Worker) -> None:
         worker.heard = time.perf_counter()
-        self.quiet.pop(worker, None)
-        self.quiet[worker] = None
+        self.by_last_news.pop(worker, None)
+        self.by_last_news[worker] = None
 
     def read(self, worker: _Worker, is_dead: bool) -> None:
         """Handle what a worker has written, and its death when it has written all it could."""
@@ -4010,7 +4046,7 @@ class _LokyEngine(_Engine):
                 batch.left -= 1
                 if batch.works:  # none: it was stopped, and had just ended
                     work = batch.works.popleft()
-                    work.slot = None
+                    work.seat = None
                     worker.outstanding -= 1
                     ended.append((work, reply))
                 if not batch.left:
@@ -4044,11 +4080,9 @@ class _LokyEngine(_Engine):
         if process.pidfd is not None:
             self.watch.remove(process.pidfd)
         with _engine_lock:
-            worker.doomed = (
-                True  # from here on nobody kills it but end(), which knows if it is gone
-            )
+            worker.doomed = True  # from here on only end() kills it, which knows if it is reaped
             self.workers.remove(worker)
-            self.quiet.pop(worker, None)
+            self.by_last_news.pop(worker, None)
             if worker in self.idle:
                 self.idle.remove(worker)
             back: list[_Work] = []
@@ -4056,13 +4090,15 @@ class _LokyEngine(_Engine):
             for batch in worker.batches:
                 free: list[_Work] = []
                 while (
-                    batch.works and process.permits and process.permits[batch.slot].acquire(False)
+                    batch.works
+                    and process.permits
+                    and process.permits[batch.semaphore].acquire(False)
                 ):
                     free.append(batch.works.pop())  # not begun, though maybe it was about to
                 back += reversed(free)
                 lost += batch.works
             for work in back + lost:
-                work.slot = None
+                work.seat = None
             self.core.put_back(back)
             worker.batches.clear()
             worker.outstanding = 0
@@ -4076,7 +4112,7 @@ class _LokyEngine(_Engine):
                 "code, have called os._exit(), or have been killed for its memory. Only what it "
                 "ran is lost; the executor goes on."
             )
-            self.core.end([(work, ([], failure, _count(work.call), 0.0))])
+            self.core.end([_lost(work, failure)])
         if worker.is_new and not process.up:
             self.refuse(RuntimeError(f"a worker process ended {how} while it started"))
         elif self.setup is not None and process.up and not worker.is_ready:
@@ -4085,11 +4121,11 @@ class _LokyEngine(_Engine):
     def part(self) -> None:
         """The reader's last: keep what is warm, end the rest, and give back the descriptors."""
         with _engine_lock:
-            workers, self.workers, self.idle, self.quiet = self.workers, [], [], {}
+            workers, self.workers, self.idle, self.by_last_news = self.workers, [], [], {}
             arrived = [process for process, _ in self.arrived if process is not None]
             self.arrived.clear()
         self.watch.close()
-        self.ring = _ignore  # whoever rings just now holds the other; the last one closes it
+        self.ring = _ignore  # a thread in feed() may hold the old one: the last one closes its end
         self.bell.close()
         for worker in workers:
             process = worker.process
@@ -4121,8 +4157,8 @@ def _has_written(connection: Any) -> bool:
 class _Watch:
     """Waits for any of many connections, and reads what they bring.
 
-    Many replies come with one system call, and the selector is kept from wait to wait. On Windows
-    multiprocessing's own means have to do, for some sixty workers.
+    Many replies come with one system call, and the selector is kept from wait to wait. On Windows it
+    is multiprocessing.connection.wait(), which takes no more than 63 of them.
     """
 
     def __init__(self) -> None:
@@ -4216,10 +4252,12 @@ class _Shared(Handle[Any]):
             data = _joblib_calls().dumps(value, buffers)
         views = [buffer.raw() for buffer in buffers]
         if len(data) + sum(view.nbytes for view in views) < self.SMALL:
-            self._call: Any = pickle.loads, (_joblib_calls().dumps(value),)
+            data = _joblib_calls().dumps(value) if buffers else data
+            self._call: Any = pickle.loads, (data,)
             return
         self._call = _map_file, self._write([memoryview(data), *views])
-        # Plain pickle can't send that function by value: it is to send a pickle that has it.
+        # That function has to go by value, which plain pickle can't do. So it is inside of a pickle that
+        # cloudpickle makes, and what plain pickle sends is those bytes.
         self._call = pickle.loads, (_joblib_calls().dumps(self),)
 
     def _write(self, parts: list[memoryview]) -> tuple[str, list[tuple[int, int]]]:
@@ -4483,9 +4521,9 @@ def _unhooked(function: Any) -> Any:
 
 
 class _RayGate:
-    """Keeps ray.shutdown() waiting while one of our threads is inside Ray, and them out from then on:
-    whoever calls into Ray's core when that is gone, ends this process by it ("The core worker has
-    already been shutdown")."""
+    """Makes ray.shutdown() wait while a thread of ours is inside Ray, and lets none in from then on. A
+    call into Ray's core when that is gone ends this process ("The core worker has already been
+    shutdown")."""
 
     def __init__(self) -> None:
         self.turn = threading.Condition()  # guards what follows; held for an instant only
@@ -4539,15 +4577,15 @@ def _started_ray(**options: Any) -> Any:
 # Tasks are lent to Ray ahead of time, more than the cluster can run: for speed, and so that an
 # autoscaler sees what is wanted. What has not begun there is taken back with ray.cancel().
 #
-# 1. ray.cancel() is called in Ray's I/O thread only. There, replies and it come one after the other.
-#    In any other thread, it may meet the end of its task between two halves of Ray's own account of
-#    it, and Ray then aborts this process ("Tried to complete task that was not pending").
-# 2. A reference that has resolved as cancelled when that call has returned was never given to a
-#    worker. It is put back. Any other goes on, and its end is told by end().
-# 3. One that had begun by then is interrupted, and its wrapper ignores that; see shield() above. One
-#    that was on its way in comes back as cancelled, later, though it was not put back: it is lent anew.
-# 4. Before the waiter rests, each of the oldest references, as many as can run, has a bell. Ray begins
-#    tasks in their order, so whichever runs, rings when it ends.
+# 1. ray.cancel() is called in Ray's I/O thread only, where replies are handled, too: so the two can't
+#    overlap. From any other thread it may come while Ray has entered one half of the task's end and not
+#    yet the other, and Ray then aborts this process ("Tried to complete task that was not pending").
+# 2. A reference that is resolved as cancelled when that call returns was never given to a worker: the
+#    task is put back. Any other goes on, and its end comes by end().
+# 3. A task that had begun by then is interrupted, and ignores that; see shield() above. One that was on
+#    its way into a worker comes back as cancelled, though later: it is lent anew.
+# 4. Before the waiter rests, it hangs a bell on each of the oldest references, as many as can run: a
+#    callback of Ray's at its end. Ray begins tasks in their order, so whichever runs, has one.
 #
 # One thread of an executor, the waiter, takes, submits and hears of the ends. Others take back and stop.
 
@@ -4573,7 +4611,8 @@ class _RayEngine(_Engine):
         self.held = wishes.setup  # what handles in it refer to must stay
         key = os.urandom(8).hex()
         self.mark = f"parallel_backend {key} " if wishes.is_limited else None
-        self.store = importlib.import_module("ray.experimental.internal_kv")  # where it is left
+        # Where tasks write down that they have begun, under that key.
+        self.store = importlib.import_module("ray.experimental.internal_kv")
         self.numbers = itertools.count()
         self.marked: dict[int, _Work] = {}  # what is lent, by number, if there is a mark
         self.seen: dict[bytes, tuple[bytes, float]] = {}  # by worker: its last word, and since when
@@ -4587,14 +4626,15 @@ class _RayEngine(_Engine):
             env["env_vars"] = {**env.get("env_vars", {}), "PARALLEL_BACKEND_EXECUTOR": key}
             options["runtime_env"] = env
         if wishes.max_tasks is not None:
-            # One function for all names, since Ray counts its calls.
+            # One function for all names, since Ray counts calls by function.
             self.base = _ray_with(self.base, {"max_calls": wishes.max_tasks})
         self.stays = stays  # results stay in the object store
         if stays:
             self.future_type = _RayFuture
             options["num_returns"] = 2  # what became of it, and its result
         self.executor = None if wishes.setup is None else key
-        # Without the ray.init() that each brings along: this session's end is ours, too.
+        # Ray wraps each of these so that it calls ray.init() where there is no session. Bare ones here:
+        # an executor ends with its session, and is not to start another one.
         _ray_gate.watch(ray)
         self.wait, self.get, self.cancel, self.resources = (
             functools.partial(_ray_gate.call, _unhooked(function))
@@ -4602,12 +4642,13 @@ class _RayEngine(_Engine):
         )
         self.options = options
         self.max_workers = max_workers  # sys.maxsize: what the cluster allows
-        # What fails is Ray's to see, if it is to run it again; and nothing else with it.
+        # With retry_exceptions, a task has to raise in Ray's sight, or Ray would not run it again. And it
+        # has to be alone: Ray would run a whole chunk again.
         self.reraise = bool(options.get("retry_exceptions"))
         self.chunk_seconds = 0.0 if self.reraise else self.chunk_seconds
         self.retries = options.get("max_retries", 3)
         self.remotes: dict[str, Any] = {}
-        self.remote("")  # says now which options are none
+        self.remote("")  # an option that is none of Ray's is an error here, and not at each task
         self.needs = {"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus")}
         self.needs.update({"memory": options.get("memory"), **(options.get("resources") or {})})
         self.capacity = 1
@@ -4617,9 +4658,11 @@ class _RayEngine(_Engine):
         self.session = self.identity()
         _broken("")  # imports what can't be imported any more when the interpreter exits
         self.lent: dict[Any, _Work] = {}
-        """By reference, oldest first; with what follows under _engine_lock."""
-        self.sending: set[_Work] = set()  # taken, and without a reference yet
-        self.sent = threading.Condition(_engine_lock)  # notified when sending gets smaller
+        """By reference, oldest first. Under _engine_lock, as is what follows."""
+        # Tasks in the waiter's hands: it submits them, or reads their reply. They have no reference in
+        # ``lent``, so take_back() and stop() wait until they are out of them.
+        self.in_hand: set[_Work] = set()
+        self.handed_on = threading.Condition(_engine_lock)  # notified when in_hand gets smaller
         self.asked: set[Any] = set()  # references that a take_back() has in hand, and nobody else
         self.belled: set[Any] = set()
         self.is_streaming = (
@@ -4628,7 +4671,8 @@ class _RayEngine(_Engine):
         self.heard = 0.0  # when the last ones were handled
         self.more_bells = 0  # than can run: tasks that wait in ray.get() give back their CPUs
         self.refused: dict[Any, float] = {}  # when a take_back() found that one had begun
-        self.front: frozenset[_Work] = frozenset()  # what runs, as far as one can know
+        # The oldest, as many as can run. Ray does not say what runs, but it begins them in order.
+        self.front: frozenset[_Work] = frozenset()
         self.stopping: set[Any] = set()  # references of what was killed and is not known to be gone
         self.dependents: set[Any] = set()  # those with objects among their arguments: out of order
         self.news: queue.SimpleQueue[Any] = queue.SimpleQueue()  # references that rang; None: look
@@ -4648,7 +4692,7 @@ class _RayEngine(_Engine):
 
         if not self.is_client:
             _when_done(self.nudge, note)
-            learnt.wait(1)  # in vain, if this is that thread
+            learnt.wait(1)  # it takes as long, if this is that thread
 
     # What the core calls.
 
@@ -4676,7 +4720,7 @@ class _RayEngine(_Engine):
                 word = self.store._internal_kv_get(key)
                 if word is not None and word != self.seen.get(key, (b"", 0))[0]:
                     self.seen[key] = word, time.monotonic()
-        latest: dict[int, float] = {}  # of its attempts: the worker of an earlier one is gone
+        latest: dict[int, float] = {}  # a task's last attempt: the worker of an earlier one is gone
         for word, since in self.seen.values():
             if word:
                 number = int(word.split()[0])
@@ -4686,7 +4730,7 @@ class _RayEngine(_Engine):
     def awaited(self, value: Any) -> Future[Any] | None:
         if not isinstance(value, self.ray.ObjectRef):
             return super().awaited(value)
-        # One of Ray's own: it is not to take a place among those lent before it can run.
+        # One of Ray's own. A task with it is not to be lent, and take a place, before it can run.
         arrival: Future[Any] = Future()
         with contextlib.suppress(Exception):  # the session is gone, as the task is told
             if self.wait([value], timeout=0, fetch_local=False)[1]:
@@ -4722,12 +4766,12 @@ class _RayEngine(_Engine):
             refs: list[Any] = []
             taken: set[Any] = set()
             try:
-                with self.sent:
+                with self.handed_on:
                     some = works[start : start + 500]
-                    while not self.inside() and not self.closing and self.sending & {*some}:
-                        self.sent.wait()
+                    while not self.inside() and not self.closing and self.in_hand & {*some}:
+                        self.handed_on.wait()
                     for work in some:
-                        ref = work.slot
+                        ref = work.seat
                         if self.lent.get(ref) is work and ref not in self.asked:
                             refs.append(ref)
                             self.asked.add(ref)
@@ -4769,8 +4813,8 @@ class _RayEngine(_Engine):
         try:
             self.get(ref)
         except errors.TaskCancelledError as error:
-            # The owner's word: it was in its queue, or waited for arguments. A worker's word that it
-            # was interrupted comes as a RayTaskError, too.
+            # By itself this is the word of its owner, this process: it was still in the queue, or waited
+            # for arguments. If it is a RayTaskError, too, it is a worker's word: it had begun.
             return not isinstance(error, errors.RayTaskError)
         except Exception:
             return False  # it has ended, somehow: the waiter sees to that
@@ -4802,12 +4846,12 @@ class _RayEngine(_Engine):
         return not raised
 
     def stop(self, work: _Work) -> None:
-        if isinstance(work.verdict, TimeoutError) and self.has_ended(work.slot):
+        if isinstance(work.verdict, TimeoutError) and self.has_ended(work.seat):
             return  # in time, but it was not heard of yet
-        with self.sent:
-            while work in self.sending and not self.inside():
-                self.sent.wait()
-            ref = work.slot
+        with self.handed_on:
+            while work in self.in_hand and not self.inside():
+                self.handed_on.wait()
+            ref = work.seat
             if self.lent.get(ref) is not work:
                 return
             self.forget(ref)
@@ -4830,8 +4874,8 @@ class _RayEngine(_Engine):
             self.in_io_thread(cancel)
 
     def make_sure(self, seconds: float) -> None:
-        """Wait for so long for the end of what was stopped; and once more for what lives on. Ray
-        passes over a cancel() as long as another one of the same task is on its way."""
+        """Wait so many seconds for the end of what was stopped, and kill again what lives on: Ray ignores
+        a cancel() while another one of the same task is on its way."""
         refs = list(self.stopping)
         if refs:
             ready, rest = self.wait(refs, num_returns=len(refs), timeout=seconds, fetch_local=False)
@@ -4881,7 +4925,9 @@ class _RayEngine(_Engine):
                 rung.add(self.news.get(timeout=timeout))
             while True:
                 rung.add(self.news.get_nowait())
-        self.woken = False  # before we look for work: whoever finds it set, is seen to
+        self.woken = (
+            False  # before it looks for work: whoever finds it set can rely on a look to come
+        )
         rung.discard(None)
         return rung
 
@@ -4945,7 +4991,7 @@ class _RayEngine(_Engine):
                     get = functools.partial(values.pop if ref in values else self.get, ref)
                     ended.append((work, (get, self.refused.get(ref))))
                     self.forget(ref)
-                    self.sending.add(work)  # in our hands until it is told, or put back
+                    self.in_hand.add(work)  # in our hands until it is told, or put back
         del ready
         outcomes: list[tuple[_Work, Reply]] = []
         again: list[_Work] = []
@@ -4955,15 +5001,15 @@ class _RayEngine(_Engine):
             if reply is None:
                 again.append(work)
             elif isinstance(reply[1], CancelledError) and not reply[2]:
-                with self.sent:
-                    self.sending.discard(work)
+                with self.handed_on:
+                    self.in_hand.discard(work)
                     self.core.stopped(work)
             else:
                 outcomes.append((work, reply))
-        with self.sent:
-            self.sending.difference_update([work for work, _ in outcomes], again)
+        with self.handed_on:
+            self.in_hand.difference_update([work for work, _ in outcomes], again)
             self.core.put_back(again)
-            self.sent.notify_all()
+            self.handed_on.notify_all()
         self.core.end(outcomes)
 
     def reply(self, work: _Work, get: Callable[[], Any], refused: float | None) -> Reply | None:
@@ -4989,22 +5035,22 @@ class _RayEngine(_Engine):
                 return [_RayHandle(work.message)], *reply[1:]
             return reply
         except errors.TaskCancelledError as error:
-            # A take_back() has met it on its way in, or its worker has died after one said no, and
-            # Ray does not run again what was to be cancelled.
+            # A take_back() has met it on its way into a worker; or its worker has died after a take_back()
+            # that came too late, and Ray does not run again what somebody has cancelled.
             is_interrupted = isinstance(error, errors.RayTaskError)
             if refused is None:
                 if is_interrupted and self.reraise:
                     return [], _ray_cause(error), count, 0.0
-                # Not ours: its argument was cancelled, or somebody has cancelled the task itself.
+                # We have not asked for it: somebody has cancelled its argument, or the task itself.
                 return [], CancelledError(), 0, 0.0
-            # What has begun and is not to be retried is not lent anew, if its worker has died; one
-            # that was interrupted on its way in says so soon.
+            # If nothing is to be run again, what had begun is not. One met on its way in says so soon after
+            # it was asked for, and had not begun.
             if self.retries or is_interrupted or time.monotonic() < refused + 0.25:
                 return None
             failure = _broken(f"Ray lost {name}, or its worker: {error}")
             return [], _caused(failure, error), count, 0.0
         except errors.RayTaskError as error:
-            # Not from the task, whose exceptions come as values, but from around it.
+            # Not of the task, whose exceptions come as values, but from around it.
             if isinstance(error.cause, errors.RaySystemError):
                 failure = _broken(f"The worker could not unpickle the call of {name}")
                 return [], _caused(failure, error), 0, 0.0
@@ -5023,8 +5069,8 @@ class _RayEngine(_Engine):
                 self.measure()
         window = self.capacity if self.is_unbounded else self.max_workers
         if not self.is_unbounded and self.capacity <= self.max_workers:
-            # The cluster is the bound. An autoscaler adds nodes for what waits, and twice of what it
-            # has is what lets it keep its own pace.
+            # The cluster is the bound. An autoscaler adds nodes for what waits: with twice of what it has,
+            # it grows at its own pace.
             window = max(_RAY_WINDOW, 2 * self.capacity)
         elif len(self.lent) > window:
             # It has grown beyond what was asked for: no more than that shall run.
@@ -5039,16 +5085,16 @@ class _RayEngine(_Engine):
         while self.lost() is None:  # or Ray would join another session, to run what is of this one
             with _engine_lock:
                 works = self.core.take(min(window - len(self.lent), _RAY_GATHER))
-                self.sending.update(works)
+                self.in_hand.update(works)
             if not works:
                 break
             failed: list[tuple[_Work, Reply]] = []
             while works:
                 if self.core.stage >= _Stage.DISCARDING:  # nobody is to wait for their pickling
-                    with self.sent:
-                        self.sending.difference_update(works)
+                    with self.handed_on:
+                        self.in_hand.difference_update(works)
                         self.core.put_back(works)
-                        self.sent.notify_all()
+                        self.handed_on.notify_all()
                     break
                 failed += self.send(works.pop(0))
             self.core.end(failed)  # when none is in our hands any more: a callback may ask for it
@@ -5059,7 +5105,7 @@ class _RayEngine(_Engine):
                 self.more_bells = 0
 
     def send(self, work: _Work) -> list[tuple[_Work, Reply]]:
-        """Submit it to Ray; it stands in ``sending``, and nobody takes it back until it is sent. What
+        """Submit it to Ray; it is in ``in_hand``, and nobody takes it back until it is sent. What
         became of it, if that can't be."""
         call = work.call
         assert call is not None
@@ -5080,11 +5126,11 @@ class _RayEngine(_Engine):
             ref, work.message = made if self.stays else (made, number)
         except BaseException as error:
             failure = error
-        with self.sent:
-            self.sending.discard(work)
-            self.sent.notify_all()
+        with self.handed_on:
+            self.in_hand.discard(work)
+            self.handed_on.notify_all()
             if ref is not None:
-                work.slot = ref
+                work.seat = ref
                 self.lent[ref] = work
                 if self.mark is not None:
                     self.marked[number] = work
@@ -5093,10 +5139,10 @@ class _RayEngine(_Engine):
         if failure is None:
             return []
         if isinstance(failure, self.ray.exceptions.RayError):  # it was shut down just now
-            return [(work, ([], _broken("Ray took no more tasks", failure), _count(call), 0.0))]
+            return [_lost(work, _broken("Ray took no more tasks", failure))]
         if isinstance(failure, Exception) and not isinstance(failure, BrokenExecutor):
             return [(work, ([], _ray_calls().unpicklable(call, failure), 0, 0.0))]
-        return [(work, ([], failure, _count(call), 0.0))]
+        return [_lost(work, failure)]
 
     def with_handles(self, call: Call) -> Call:
         """As an argument, or an item of a map, one of Ray's own references means its object, too."""
@@ -5165,7 +5211,7 @@ class _RayEngine(_Engine):
                     self.forget(ref)
             if not works:
                 break
-            self.core.end([(work, ([], reason, _count(work.call), 0.0)) for work in works])
+            self.core.end([_lost(work, reason) for work in works])
         self.core.break_down(reason)  # what waits for a future fails, too
 
 
