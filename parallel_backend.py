@@ -2165,8 +2165,8 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
             del error  # or it and this frame hold each other
 
     def said(error: BaseException) -> str:
-        """Type and message of an exception, even of one whose __str__ fails."""
-        return traceback.format_exception_only(type(error), error)[-1].strip()
+        """Type, message and notes of an exception, even of one whose __str__ fails."""
+        return "; ".join(map(str.strip, traceback.format_exception_only(type(error), error)))
 
     def pack(error: BaseException | None, dumps: Callable[..., bytes]) -> tuple[bytes, str] | None:
         """An exception's pickle and its traceback's text; if it can't be pickled, an error's that says so."""
