@@ -1746,6 +1746,14 @@ class _Core:
                 self.hungry = True
         return taken
 
+    def take_all(self) -> list[_Work]:
+        """All that is pending, for an engine that will run none of it."""
+        works: list[_Work] = []
+        with _lock:
+            while taken := self.take(sys.maxsize):
+                works += taken
+        return works
+
     def put_back(self, works: Sequence[_Work]) -> None:
         """They have not begun: pending again, and first in the queue; or cancelled, if nobody wants
         them any more. It does not call feed(): the engine does, if it may be asleep."""
@@ -3147,8 +3155,6 @@ class _Process:
     """
 
     alive: ClassVar[set[_Process]] = set()  # all until end(); _kill_workers() ends the rest at exit
-    spawning: ClassVar[dict[Any, int]] = {}
-    """The far ends of connections to processes that are being started, and by which thread."""
 
     def __init__(self, env: dict[str, str]) -> None:
         import multiprocessing
@@ -3189,7 +3195,6 @@ class _Process:
             if sys.platform != "linux":  # there, the kernel tells it that we are gone
                 watched, self.lifeline = multiprocessing.Pipe(duplex=False)
                 opened.callback(self.lifeline.close)
-            self.spawning[theirs] = threading.get_ident()
             try:
                 method = multiprocessing.get_start_method(allow_none=True)
                 args = theirs, self.permits, os.getpid(), watched, method, _cloudpickle().__name__
@@ -3198,7 +3203,6 @@ class _Process:
                 with _in_some_folder():
                     self.popen = self.start(process)
             finally:
-                self.spawning.pop(theirs)
                 theirs.close()
                 if watched is not None:
                     watched.close()
@@ -3364,14 +3368,14 @@ def _shape(env: dict[str, str]) -> tuple[Any, ...]:
     folder = None
     with contextlib.suppress(OSError):  # it has been removed
         folder = os.getcwd()
-    streams: list[tuple[int, int]] = []  # where stdout and stderr lead to
+    streams: dict[int, tuple[int, int]] = {}  # where stdout and stderr lead to
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):  # it is closed
             status = os.fstat(descriptor)
-            streams.append((status.st_dev, status.st_ino))
+            streams[descriptor] = status.st_dev, status.st_ino
     inherited = {**os.environ, **env}
     inherited.pop("PYTEST_CURRENT_TEST", None)  # which differs in each test: they may share workers
-    return folder, tuple(sys.path), tuple(inherited.items()), tuple(streams)
+    return folder, tuple(sys.path), tuple(inherited.items()), tuple(streams.items())
 
 
 class _Starter:
@@ -3491,15 +3495,22 @@ def _forget_workers() -> None:
     global _starter
     _starter = _Starter()
     _Process.alive.clear()
-    for connection, thread in _Process.spawning.items():
-        # Otherwise the parent would not see the worker's end while this child lives. But older versions
-        # of loky fork to start a worker, and that is then this child.
-        if thread != threading.get_ident():
-            connection.close()
+
+
+def _await_start() -> None:
+    """Before a fork: a start holds a lock of multiprocessing's tracker, which in the child nobody would
+    release; and the far end of its connection, by which the worker would seem to live on in the child."""
+    _starter.starting.acquire()
+
+
+def _after_fork() -> None:
+    _starter.starting.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_workers)
+    os.register_at_fork(
+        before=_await_start, after_in_parent=_after_fork, after_in_child=_forget_workers
+    )
 
 
 # --- joblib: the engine -----------------------------------------------------------------------
@@ -3842,7 +3853,7 @@ class _LokyEngine(_Engine):
             return  # start_more() tries again
         self.failures = 0  # start_more() tries again, if more is pending by then
         with _engine_lock:
-            works = self.core.take(sys.maxsize)
+            works = self.core.take_all()
         reason = error or RuntimeError("unknown")
         message = "No worker process could be started. Are there processes, descriptors and memory left (ulimit -a)?"
         self.core.end([_lost(work, _broken(message, reason)) for work in works])
@@ -4529,6 +4540,8 @@ class _RayGate:
         self.turn = threading.Condition()  # guards what follows; held for an instant only
         self.inside = 0  # how many are
         self.is_shut = False
+        self.engines: weakref.WeakSet[_RayEngine] = weakref.WeakSet()
+        self.kept: list[Any] = []
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.turn:
@@ -4543,9 +4556,10 @@ class _RayGate:
                 if self.is_shut:
                     self.turn.notify_all()
 
-    def watch(self, ray: Any) -> None:
+    def watch(self, ray: Any, engine: _RayEngine) -> None:
         """Learn of this session's end, which Ray tells nobody. What marks it is a method of Ray's
         worker, since 2.50; with an older Ray, shutting down while tasks run is at one's own risk."""
+        self.engines.add(engine)
         worker = ray._private.worker.global_worker
         mark = getattr(worker, "set_is_connected", None)
         if mark is None or getattr(mark, "func", None) == self.pass_on:
@@ -4558,6 +4572,10 @@ class _RayGate:
             self.is_shut = not is_connected
             if self.is_shut:
                 self.turn.wait_for(lambda: not self.inside, 5)  # they do not take that long
+        # To drop a reference is a call into Ray's core, too, and no better while that goes.
+        self.kept = (
+            [] if is_connected else [[*getattr(engine, "lent", ())] for engine in self.engines]
+        )
         mark(is_connected)
 
 
@@ -4635,7 +4653,7 @@ class _RayEngine(_Engine):
         self.executor = None if wishes.setup is None else key
         # Ray wraps each of these so that it calls ray.init() where there is no session. Bare ones here:
         # an executor ends with its session, and is not to start another one.
-        _ray_gate.watch(ray)
+        _ray_gate.watch(ray, self)
         self.wait, self.get, self.cancel, self.resources = (
             functools.partial(_ray_gate.call, _unhooked(function))
             for function in (ray.wait, ray.get, ray.cancel, ray.cluster_resources)
@@ -4934,8 +4952,8 @@ class _RayEngine(_Engine):
     def hang_bells(self) -> None:
         """Let the end of whatever can run wake the waiter: of the oldest, and of those out of order."""
         with _engine_lock:
-            count = max(self.capacity, 4) + len(self.dependents) + self.more_bells
-            refs = [ref for ref in islice(self.lent, count) if ref not in self.belled]
+            oldest = islice(self.lent, max(self.capacity, 4) + self.more_bells)
+            refs = {*oldest, *self.dependents} - self.belled
             self.belled.update(refs)
         for ref in refs:
             self.ring_for(ref)
@@ -4946,6 +4964,7 @@ class _RayEngine(_Engine):
 
     def hear_and_lend(self, rung: set[Any]) -> None:
         """Handle what has ended, and lend as much as there may be."""
+        was_streaming, self.is_streaming = self.is_streaming, False  # whatever happens below
         # Asked again before each call: Ray would start a cluster of its own to answer it.
         reason = self.lost()
         if reason is not None:
@@ -4955,7 +4974,7 @@ class _RayEngine(_Engine):
         with _engine_lock:
             head = [ref for ref in islice(self.lent, _RAY_WINDOW) if ref not in self.asked]
         ready: list[Any] = []
-        comes_fast = self.is_streaming or (rung and time.monotonic() < self.heard + 0.003)
+        comes_fast = was_streaming or (rung and time.monotonic() < self.heard + 0.003)
         if comes_fast and len(head) > _RAY_GATHER:
             # To wait for some more costs less than to look at each by itself, or to hear its bell.
             ready = self.wait(head, num_returns=_RAY_GATHER, timeout=0.01, fetch_local=False)[0]
@@ -5082,7 +5101,11 @@ class _RayEngine(_Engine):
                 ]
             if late:
                 self.take_back(late)
-        while self.lost() is None:  # or Ray would join another session, to run what is of this one
+        while True:
+            reason = self.lost()  # or Ray would run in another session what is of this one
+            if reason is not None:
+                self.fail_all(reason)
+                return
             with _engine_lock:
                 works = self.core.take(min(window - len(self.lent), _RAY_GATHER))
                 self.in_hand.update(works)
@@ -5206,7 +5229,7 @@ class _RayEngine(_Engine):
         """The session is gone: what it had, and what is pending, ends with it."""
         while True:
             with _engine_lock:
-                works = [*self.lent.values(), *self.core.take(1000)]
+                works = [*self.lent.values(), *self.core.take_all()]
                 for ref in list(self.lent):
                     self.forget(ref)
             if not works:

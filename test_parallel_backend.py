@@ -4341,6 +4341,7 @@ def test_forked_child_leaves_our_workers_alone(on_joblib: Backend) -> None:
 def test_fork_during_a_spawn_hides_no_death(on_joblib: Backend, monkeypatch: Any) -> None:
     start = pb._Process.start
     children = []
+    threads: list[threading.Thread] = []
 
     def fork() -> None:
         child = os.fork()
@@ -4350,19 +4351,74 @@ def test_fork_during_a_spawn_hides_no_death(on_joblib: Backend, monkeypatch: Any
         children.append(child)
 
     def start_and_fork(process: Any) -> Any:
-        popen = start(process)
-        forking = threading.Thread(target=fork)
-        forking.start()
-        forking.join()
-        return popen
+        threads.append(threading.Thread(target=fork))
+        threads[-1].start()  # as soon as it may
+        return start(process)
 
     monkeypatch.setattr(pb._Process, "start", staticmethod(start_and_fork))
     pb._kill_workers()
     with on_joblib.executor(1) as executor:
         assert isinstance(executor.submit(leave).exception(10), BrokenProcessPool)
+        for thread in threads:
+            thread.join(LONG)
+        assert isinstance(executor.submit(leave).exception(10), BrokenProcessPool)
     for child in children:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def test_a_child_forked_while_a_worker_starts_can_start_its_own(
+    on_joblib: Backend, monkeypatch: Any
+) -> None:
+    """A start holds locks of multiprocessing's, which nobody in the child would release."""
+    from multiprocessing import resource_tracker
+
+    run_tracker, is_starting, go_on = (
+        resource_tracker.ensure_running,
+        threading.Event(),
+        threading.Event(),
+    )
+
+    def ensure_running() -> None:
+        is_starting.set()
+        with resource_tracker._resource_tracker._lock:  # type: ignore[attr-defined]
+            go_on.wait(1)  # in vain, if the fork waits for us
+        run_tracker()
+
+    def child() -> None:
+        monkeypatch.undo()
+        with on_joblib.executor(1) as executor:
+            assert executor.submit(identity, 1).result(15) == 1
+        pb._kill_workers()
+
+    pb._kill_workers()
+    monkeypatch.setattr(resource_tracker, "ensure_running", ensure_running)
+    with on_joblib.executor(1) as executor:
+        future = executor.submit(identity, 1)
+        assert is_starting.wait(LONG)
+        in_a_forked_child(child)
+        go_on.set()
+        assert future.result(LONG) == 1
+
+
+def test_where_no_worker_can_be_started_all_fails_soon(
+    on_joblib: Backend, monkeypatch: Any
+) -> None:
+    tried = []
+
+    def fail(*_: Any) -> None:
+        tried.append(1)
+        raise OSError(11, "no processes")
+
+    pb._kill_workers()
+    monkeypatch.setattr(pb._Process, "__init__", fail)
+    with on_joblib.executor(2) as executor:
+        results = executor.map(identity, range(2000))
+        behind = executor.submit(identity, 1)
+        assert isinstance(behind.exception(LONG), BrokenProcessPool)
+        with pytest.raises(BrokenProcessPool, match="ulimit"):
+            next(results)
+    assert len(tried) < 20
 
 
 def test_no_semaphores_no_lending(on_joblib: Backend, monkeypatch: Any) -> None:
@@ -5223,13 +5279,37 @@ RAY_RESTARTED = """
 """
 
 
+RAY_SHUT_DOWN_IN_A_CALLBACK = """
+    import threading, time, ray
+    from concurrent.futures import wait
+    import parallel_backend as pb
+    backend = pb.init_parallel_backend("ray")
+    stream = backend.executor()
+    short = [stream.submit(abs, n) for n in range(3000)]
+    while sum(future.done() for future in short) < 500:
+        time.sleep(0.01)
+    executor = backend.executor(1)
+    futures = [executor.submit(time.sleep, 0.2) for _ in range(5)]
+    is_shut = threading.Event()
+    futures[0].add_done_callback(lambda _: is_shut.wait(30))
+    futures[0].result()
+    ray.shutdown()
+    is_shut.set()  # here the waiter is between two looks at the session
+    print(len(wait(futures + short, 30).not_done))
+    used = time.process_time()
+    time.sleep(1)
+    print(time.process_time() - used < 0.5)
+"""
+
+
 @pytest.mark.parametrize(
     ("code", "said"),
     [
         (RAY_SHUT_DOWN, "BrokenProcessPool\n"),
+        (RAY_SHUT_DOWN_IN_A_CALLBACK, "0\nTrue\n"),
         (RAY_RESTARTED, "BrokenProcessPool False\nBrokenProcessPool\n8\n"),
     ],
-    ids=["shut down", "restarted"],
+    ids=["shut down", "in a callback", "restarted"],
 )
 def test_executor_ends_with_its_ray_session(on_ray: Backend, code: str, said: str) -> None:
     done = run_script(code, env=ray_address())
