@@ -6,6 +6,7 @@ engine is a row. Interleavings are forced with files that tasks write and wait f
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import collections
 import contextlib
@@ -1718,6 +1719,9 @@ def test_a_default_is_no_use_of_a_deprecated_argument(function):
     with no_warning():
         assert function("a") == function("a", None) == function("a", old=None) == ("a", None, 1)
         assert function("a", None, 7) == function(old=None, new=7, a="a") == ("a", None, 7)
+        assert with_old(lambda old=[], new=1: new)([]) == 1, "equal to it"
+    with one_warning("`old`"):
+        assert with_old(lambda old=1, new=2: new)(True) is True, "of another type"
 
 
 def test_two_names_of_one_argument_together_are_a_type_error():
@@ -1782,7 +1786,7 @@ def forward(old, new, **mapping):
 SINCE = ("1.2", "1.4")
 RENAMED = ("`old`", "`renamed`", *SINCE, "use `new`")
 DROPPED = ("`old`", "`dropped`", *SINCE, "no effect")
-WARNED = ("`old`", "`warned`", *SINCE)
+WARNED = ("`old`", "`warned`", "since 1.2 and will be removed in 1.4.")
 FORWARDED = ("`forwarded`", *SINCE, "use `successor`")
 DEPRECATED_CALLS = [
     # An argument is renamed, dropped, or only warned of.
@@ -1844,7 +1848,8 @@ def test_a_deprecated_call_warns_once_and_works(call, result, words):
 
 
 def test_what_is_deprecated_as_a_whole_says_so():
-    assert "doomed" in doomed.__deprecated__ and "1.4" in doomed.__deprecated__
+    said = "`doomed` is deprecated since 1.2 and will be removed in 1.4."
+    assert doomed.__deprecated__ == said
     assert "successor" in forwarded.__deprecated__
     assert not hasattr(renamed, "__deprecated__")
 
@@ -1859,6 +1864,9 @@ def test_order_is_kept():
     with pytest.warns(FutureWarning) as caught:
         function(*range(1, 21))
     assert [str(warning.message).split("`")[1] for warning in caught] == names
+    with pytest.warns(FutureWarning) as caught:
+        assert deprecated_args(a="a", old="new")(renamed.__wrapped__)("b", 5) == ("b", None, 5)
+    assert [str(warning.message).split("`")[1] for warning in caught] == ["a", "old"]
 
 
 def test_arrays_may_be_defaults_and_values():
@@ -1927,6 +1935,7 @@ def test_python_shows_the_warning_once_a_place(call):
     assert len(places) == 3 and places[0] == here < min(places[1:]), places
 
 
+@pytest.mark.filterwarnings("ignore:.*lambda")
 def test_the_warning_stands_at_the_line_of_the_caller():
     with one_warning() as caught:
         renamed(  # two frames of parallel_backend, at least, are between this and the warning
@@ -1937,6 +1946,10 @@ def test_the_warning_stands_at_the_line_of_the_caller():
     with pytest.warns(FutureWarning) as caught:
         double(5)
     assert {warning.lineno for warning in caught} == {inspect.currentframe().f_lineno - 1}
+    seen: list[int] = []
+    nobody = with_old(lambda old=1, new=2: seen.append(new))  # has no caller but the thread
+    _thread.start_new_thread(nobody, (5,))
+    until(lambda: seen == [5], 5)
 
 
 def test_coroutine_functions_stay_coroutine_functions():
