@@ -5801,6 +5801,8 @@ def test_platform_without_affinity_and_cgroups(monkeypatch, tmp_path, big_machin
 def test_unknown_number_of_cpus_is_1(monkeypatch, tmp_path, big_machine):
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert min(pb._cpu_limits(str(tmp_path)))[0] == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(), raising=False)
+    assert min(pb._cpu_limits(str(tmp_path)))[0] == 1
 
 
 def test_a_call_takes_well_under_a_millisecond():
