@@ -1381,11 +1381,13 @@ class _Map:
         del gone
 
 
-def _first(entries: collections.deque[T]) -> list[T]:
-    """Take the first one out, unless another thread was faster."""
+def _emptied(entries: collections.deque[T]) -> list[T]:
+    """Take all out; another thread may do so at the same time."""
+    taken: list[T] = []
     with contextlib.suppress(IndexError):
-        return [entries.popleft()]
-    return []
+        while True:
+            taken.append(entries.popleft())
+    return taken
 
 
 class _Core:
@@ -1411,6 +1413,7 @@ class _Core:
         self.stage = _Stage.OPEN
         self.ending = "what ran it has cancelled it"  # why tasks are cancelled, unless they know
         self.broken: BaseException | None = None  # why no task will run any more
+        self.killed_by = ""  # the method that has killed the workers
         self.works: set[_Work] = set()
         """All that are not DONE, wherever they are: what shutdown() cancels, and waits for. A task comes
         here first, so one that a Ctrl-C has kept out of ``pending`` is found all the same."""
@@ -1554,41 +1557,49 @@ class _Core:
         if _under_a_lock():
             self.defer(functools.partial(self.withdraw, works, stop, reason))
             return
-        with _later_signals():
-            with _lock:
-                for work in works:
-                    if work.place in _UNLENT:
-                        work.place = _CANCELLED
-                        work.reason = reason
-                lent = [work for work in works if work.place is _LENT]
-                for work in lent:
-                    work.unwanted += 1
-                    work.reason = reason
-            try:
-                self.recall(lent, stop)
-            finally:
+        try:
+            with _later_signals():
                 with _lock:
+                    for work in works:
+                        if work.place in _UNLENT:
+                            work.place = _CANCELLED
+                            work.reason = reason
+                    lent = [work for work in works if work.place is _LENT]
                     for work in lent:
-                        work.unwanted -= 1
-                        if work.place is _LENT:
-                            work.reason = ""  # it goes on, and may be cancelled for another
-        self.tell_cancelled(works)
-        self.settle()
+                        work.unwanted += 1
+                        work.reason = reason
+                try:
+                    self.recall(lent, stop)
+                finally:
+                    with _lock:
+                        for work in lent:
+                            work.unwanted -= 1
+                            if work.place is _LENT:
+                                work.reason = ""  # it goes on, and may be cancelled for another
+        finally:
+            self.tell_cancelled(works)  # also if a signal that was put off raises now
+            self.settle()
 
     def recall(self, lent: Sequence[_Work], stop: bool) -> None:
         """Have back of these what waits at the engine and, if ``stop``, stop what runs there."""
+        seats = [(work, work.seat) for work in lent]
         # All that run are found before any is stopped. After a stop() another one may begin, which would
         # then be killed although it could have been taken back.
         for work in [work for work in lent if stop and self.engine.running(work)]:
             self.engine.stop(work)
-        # On Ray, what runs is a guess. What does not come back when it is asked for, does run, and is
-        # stopped as well; unless it has come back, is wanted, and was lent again, on another seat.
-        seats = [(work, work.seat) for work in lent if work.place is _LENT]
-        if seats:
-            self.engine.take_back([work for work, _ in seats])
+        waiting = [work for work in lent if work.place is _LENT]
+        if waiting:
+            self.engine.take_back(waiting)
+        # On Ray, what runs is a guess: what does not come back when it is asked for, does run, and is
+        # stopped as well. But under RUNNING alone, one that has come back is wanted, and may have been lent
+        # again, and have begun: it has another seat then.
         for work, seat in seats if stop else ():
-            if work.place is _LENT and work.seat is seat:
+            if work.place is _LENT and (work.seat is seat or self.is_unwanted(work)):
                 self.engine.stop(work)
+
+    def is_unwanted(self, work: _Work) -> bool:
+        """Whether it is to be cancelled, should it come back."""
+        return bool(work.unwanted or work.abandoned or self.stage >= _Stage.DISCARDING)
 
     def shutdown(self, wait: bool = True, policy: CancellationPolicy | None = None) -> None:
         """End: apply the policy and, if ``wait``, stay until nothing is left.
@@ -1598,36 +1609,36 @@ class _Core:
         if _under_a_lock():
             self.defer(functools.partial(self.shutdown, False, policy))
             return
-        with _later_signals():
-            with _lock:
-                if policy is None:
-                    policy = CancellationPolicy.NONE if self.stage else self.policy
-                discards = CancellationPolicy.PENDING in policy
-                stops = CancellationPolicy.RUNNING in policy
-                self.stage = max(self.stage, _Stage.DISCARDING if discards else _Stage.DRAINING)
+        try:
+            with _later_signals():
                 dropped: list[Any] = []
-                if (
-                    discards or stops
-                ):  # else it cancels none, and is not the reason of those cancelled
-                    self.ending = (
-                        f"its executor has ended under {policy}: collect results inside the `with` "
-                        "block, or choose another policy"
-                    )
-                if discards:
-                    for work in self.works:
-                        if work.place in _UNLENT:
-                            work.place = _CANCELLED
-                    dropped = self.drop_pending(CancelledError(self.ending))
-                lent = [work for work in self.works if work.place is _LENT]
-            if discards or stops:
-                self.recall(lent, stops)
-            del dropped, lent
-        # Last, since their callbacks may take their time.
-        with _lock:
-            works = [*self.works]
-        self.tell_cancelled(works)
-        del works
-        self.settle()
+                with _lock:
+                    if policy is None:
+                        policy = CancellationPolicy.NONE if self.stage else self.policy
+                    discards = CancellationPolicy.PENDING in policy
+                    stops = CancellationPolicy.RUNNING in policy
+                    self.stage = max(self.stage, _Stage.DISCARDING if discards else _Stage.DRAINING)
+                    if discards or stops:  # else it cancels none, and is not the reason
+                        self.ending = (
+                            f"its executor has ended under {policy}: collect results inside the "
+                            "`with` block, or choose another policy"
+                        )
+                    if discards:
+                        for work in self.works:
+                            if work.place in _UNLENT:
+                                work.place = _CANCELLED
+                        dropped = self.drop_pending(CancelledError(self.ending))
+                    lent = [work for work in self.works if work.place is _LENT]
+                if discards or stops:
+                    self.recall(lent, stops)
+                del dropped, lent
+        finally:
+            # Last, since their callbacks may take their time; also if a signal that was put off raises.
+            with _lock:
+                works = [*self.works]
+            self.tell_cancelled(works)
+            del works
+            self.settle()
         self.engine.feed()  # a Ctrl-C in add() may have come before it
         self.close_if_over()
         if not wait or self.engine.inside() or threading.get_ident() in self.telling:
@@ -1643,22 +1654,11 @@ class _Core:
 
     def kill(self, what: str) -> None:
         """As :meth:`ParallelExecutor.kill_workers` says."""
-        from concurrent.futures.process import BrokenProcessPool
-
-        if _under_a_lock():
+        if not _under_a_lock():
+            self.killed_by = what  # before any is stopped: stopped() looks
+            self.shutdown(False, CancellationPolicy.ALL)
+        else:
             self.defer(functools.partial(self.kill, what))
-            return
-        with _lock:
-            lent = [work for work in self.works if work.place is _LENT]
-            for work in lent:
-                said = f"{what}() was called while {_name(work.call)} ran"
-                work.verdict = BrokenProcessPool(said)
-        for work in [work for work in lent if self.engine.running(work)]:
-            self.engine.stop(work)
-        self.shutdown(False, CancellationPolicy.PENDING)
-        for work in lent:
-            self.engine.stop(work)
-        self.settle()
 
     def keep_limit(self) -> None:
         """Stop what runs for longer than it may. The body of the thread that watches over the limit."""
@@ -1761,7 +1761,7 @@ class _Core:
             wanted = []
             for work in works:
                 work.verdict = None
-                if work.unwanted or work.abandoned or self.stage >= _Stage.DISCARDING:
+                if self.is_unwanted(work):
                     work.place = _CANCELLED
                     self.untold.append(work)
                 elif self.broken is not None:
@@ -1773,7 +1773,11 @@ class _Core:
 
     def stopped(self, work: _Work) -> None:
         """What ran it was killed, and no end() comes."""
+        from concurrent.futures.process import BrokenProcessPool
+
         with _lock:
+            if self.killed_by and work.verdict is None:
+                work.verdict = BrokenProcessPool(f"{self.killed_by}() was called while it ran")
             if work.verdict is not None:
                 self.fail(work, work.verdict)
                 return
@@ -1810,14 +1814,25 @@ class _Core:
         if thread in self.settling:
             return  # we are in one of those below: it goes on when this is over
         self.settling.add(thread)
+        calls: list[Callable[[], Any]] = []
+        works: list[_Work] = []
         try:
             while self.untold or self.dropped or self.deferred:
-                for what in _first(self.deferred):
-                    what()
-                _first(self.dropped)
-                self.tell_cancelled(_first(self.untold))
+                with _later_signals():  # lest one be in neither list
+                    calls += _emptied(self.deferred)
+                    works += _emptied(self.untold)
+                _emptied(self.dropped)
+                while calls:
+                    calls[0]()
+                    del calls[0]
+                self.tell_cancelled(works)
+                works.clear()
         finally:
             self.settling.discard(thread)
+            if calls or works:  # it was interrupted: another thread goes on, or the next settle()
+                self.deferred.extend(calls)
+                self.untold.extend(works)
+                self.engine.feed()
 
     # Between the two.
 
@@ -1845,22 +1860,22 @@ class _Core:
         raised = None
         thread = threading.get_ident()
         self.telling[thread] += 1
+        rest = collections.deque(outcomes)
+        is_second_try = False
         try:
-            for work, reply in outcomes:
-                if reply is None:
-                    finish = functools.partial(work.finish_cancelled, self.ending)
-                else:
-                    finish = functools.partial(work.finish, reply)
-                call, message = work.call, work.message
+            while rest:
                 try:
-                    finish()
+                    while rest:
+                        self.tell_one(*rest[0])
+                        rest.popleft()
+                        is_second_try = False
                 except BaseException as error:
+                    # A callback has left by sys.exit(), or a Ctrl-C came. Once more, and then the others:
+                    # what is set stays so, and what is not, is set now.
                     raised = self.to_raise(error, raised)
-                    # A callback has left by sys.exit(), or a Ctrl-C came while the result was set. Once
-                    # more: what is set stays so, and what is not, is set now.
-                    finish()
-                work.core = work.call = work.message = None
-                del call, message, finish
+                    if is_second_try:
+                        rest.popleft()
+                    is_second_try = not is_second_try
         finally:
             self.leave(thread)
             with _lock:
@@ -1871,6 +1886,16 @@ class _Core:
             self.close_if_over()
         if raised is not None:
             raise raised
+
+    def tell_one(self, work: _Work, reply: Reply | None) -> None:
+        call, message = work.call, work.message
+        if reply is None:
+            work.finish_cancelled(self.ending)
+        else:
+            work.finish(reply)
+        # Here, and not in the caller, so that nobody holds them while the next one's callbacks run.
+        work.core = work.call = work.message = None
+        del call, message
 
     def tell_cancelled(self, works: Iterable[_Work]) -> None:
         self.tell([(work, None) for work in works if work.place is _CANCELLED])
@@ -2935,19 +2960,27 @@ class _OverEngine(_Engine):
             del news
 
     def hear(self, ended: list[tuple[_Work, Future[Any]]]) -> None:
+        # Before our lock is taken, for to ask a future takes one of its own.
+        replies = [(work, inner, self.reply(work, inner)) for work, inner in ended]
         outcomes: list[tuple[_Work, Reply]] = []
         with _engine_lock:
-            for work, inner in ended:
+            for work, inner, reply in replies:
                 if self.inner.get(work) is not inner or work in self.asked:
                     continue  # put back, or about to be; if not, take_back() says so
                 del self.inner[work]
-                if inner.cancelled():
+                if reply is None:
                     self.core.stopped(work)  # not by us: a dask client that closes, say
-                elif (error := inner.exception()) is not None:
-                    outcomes.append((work, self.not_run(work, error)))
                 else:
-                    outcomes.append((work, inner.result()))
+                    outcomes.append((work, reply))
+        del replies
         self.core.end(outcomes)
+
+    def reply(self, work: _Work, inner: Future[Any]) -> Reply | None:
+        """What became of it; None if it was cancelled."""
+        if inner.cancelled():
+            return None
+        error = inner.exception()
+        return cast("Reply", inner.result()) if error is None else self.not_run(work, error)
 
     @staticmethod
     def not_run(work: _Work, error: BaseException) -> Reply:
@@ -4303,6 +4336,7 @@ class _Shared(Handle[Any]):
                 reason = error  # no space left, most likely
                 continue
             weakref.finalize(self, _forget_file, tracker.maybe_unlink, path, os.getpid())
+            _at_exit(_end_all)  # anew, to be called before it: tasks that still run need the file
             return path, spans
         raise OSError(
             "Could not write a shared object to JOBLIB_TEMP_FOLDER, /dev/shm or the temporary "
@@ -4556,10 +4590,9 @@ class _RayGate:
                 if self.is_shut:
                     self.turn.notify_all()
 
-    def watch(self, ray: Any, engine: _RayEngine) -> None:
+    def watch(self, ray: Any) -> None:
         """Learn of this session's end, which Ray tells nobody. What marks it is a method of Ray's
         worker, since 2.50; with an older Ray, shutting down while tasks run is at one's own risk."""
-        self.engines.add(engine)
         worker = ray._private.worker.global_worker
         mark = getattr(worker, "set_is_connected", None)
         if mark is None or getattr(mark, "func", None) == self.pass_on:
@@ -4573,10 +4606,11 @@ class _RayGate:
             if self.is_shut:
                 self.turn.wait_for(lambda: not self.inside, 5)  # they do not take that long
         # To drop a reference is a call into Ray's core, too, and no better while that goes.
-        self.kept = (
-            [] if is_connected else [[*getattr(engine, "lent", ())] for engine in self.engines]
-        )
+        engines = list(self.engines)
+        self.kept = [] if is_connected else [[*engine.lent] for engine in engines]
         mark(is_connected)
+        for engine in engines:
+            engine.feed()  # a task that waits for a reference of Ray's has nothing else to wake it
 
 
 _ray_gate = _RayGate()
@@ -4653,7 +4687,7 @@ class _RayEngine(_Engine):
         self.executor = None if wishes.setup is None else key
         # Ray wraps each of these so that it calls ray.init() where there is no session. Bare ones here:
         # an executor ends with its session, and is not to start another one.
-        _ray_gate.watch(ray, self)
+        _ray_gate.watch(ray)
         self.wait, self.get, self.cancel, self.resources = (
             functools.partial(_ray_gate.call, _unhooked(function))
             for function in (ray.wait, ray.get, ray.cancel, ray.cluster_resources)
@@ -4700,6 +4734,7 @@ class _RayEngine(_Engine):
         self.waiter = threading.Thread(target=self.live, name="parallel_backend ray", daemon=True)
         self.waiter.start()
         self.learn_io_thread()
+        _ray_gate.engines.add(self)
 
     def learn_io_thread(self) -> None:
         learnt = threading.Event()
@@ -4786,7 +4821,7 @@ class _RayEngine(_Engine):
             try:
                 with self.handed_on:
                     some = works[start : start + 500]
-                    while not self.inside() and not self.closing and self.in_hand & {*some}:
+                    while not self.inside() and not self.closing and self.are_in_hand(some):
                         self.handed_on.wait()
                     for work in some:
                         ref = work.seat
@@ -4798,6 +4833,10 @@ class _RayEngine(_Engine):
                 self.give_back(refs, taken)
         self.core.settle()
         self.feed()
+
+    def are_in_hand(self, works: list[_Work]) -> bool:
+        """Whether the waiter, or another take_back(), has any of them; under ``_engine_lock``."""
+        return bool(self.in_hand & {*works} or self.asked & {work.seat for work in works})
 
     def cancelled_in_time(self, refs: list[Any]) -> set[Any]:
         """Ask Ray for them; those that it has not given to a worker, nor will."""
@@ -4811,8 +4850,9 @@ class _RayEngine(_Engine):
         return {ref for ref in ready if self.was_never_begun(ref)}
 
     def give_back(self, refs: list[Any], taken: set[Any]) -> None:
-        with _engine_lock:
+        with self.handed_on:
             self.asked.difference_update(refs)
+            self.handed_on.notify_all()
             refs = [ref for ref in refs if ref in self.lent]  # less those stopped meanwhile
             self.core.put_back([self.lent[ref] for ref in refs if ref in taken])
             for ref in refs:
