@@ -6082,7 +6082,7 @@ def soak_once(backend: Backend, random: Any, trace: Path) -> str:
     def kill_some(seed: int) -> None:
         nonlocal kills
         random = type(soak_random)(seed)
-        while not is_over.wait(random.choice([0.2, 1])):
+        while kills < 20 and not is_over.wait(random.choice([0.2, 1])):
             with contextlib.suppress(OSError, IndexError):
                 line = trace.read_text().rsplit("\n", 2)[-2].split()
                 if line[0] == "begin":  # it runs, most likely
