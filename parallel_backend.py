@@ -302,7 +302,7 @@ def deprecated(
             needed = old in given and given[old].default is inspect.Parameter.empty
             if target is True and new != old and needed:
                 raise TypeError(f"args_mapping takes {old!r} from {name}(): give it a default")
-        places, seats = (
+        given_places, taken_places = (
             [n for n, p in known.items() if p.kind <= p.POSITIONAL_OR_KEYWORD]
             for known in (given, taken)
         )
@@ -318,7 +318,7 @@ def deprecated(
             """Warn of what is deprecated and return the arguments that the receiver takes."""
             if target is not True:
                 _warn_caller(whole, category)
-            placed = dict(zip(places, args))
+            placed = dict(zip(given_places, args))
             moved = []
             for old, new in mapping.items():
                 source = placed if old in placed else named
@@ -345,8 +345,8 @@ def deprecated(
                         raise TypeError(f"{name}() got both {new!r} and {old!r}, its old name")
                 renamed[new] = value
             placed.update(renamed)
-            leading = list(takewhile(placed.__contains__, seats))
-            args = (*map(placed.pop, leading), *args[len(places) :])
+            leading = list(takewhile(placed.__contains__, taken_places))
+            args = (*map(placed.pop, leading), *args[len(given_places) :])
             return args, {**named, **placed}
 
         @functools.wraps(function)
@@ -908,7 +908,8 @@ def init_parallel_backend(
 # --- the engine contract and the executor core ------------------------------------------------
 #
 # An executor has two halves. Its core, which is the same for every backend, has the queue, the futures
-# and the way to the end. Its engine has the workers. The engine asks for work, and the core asks it back.
+# and the way to the end. Its engine has the workers. The engine asks the core for tasks, and the core may
+# ask those back that have not begun.
 #
 #       submit(), map()            take()                      end()
 #     ------------------> PENDING ---------> LENT ---------------------------> ENDING ---> DONE
@@ -918,6 +919,9 @@ def init_parallel_backend(
 #      WAITING ----------' |     put_back()     v                                           |
 #         '----------------'--------------> CANCELLED --------------------------------------'
 #              cancel()                                      settle()
+#
+# Not drawn: what fails without having run (its worker could not be set up, it took too long) goes from
+# WAITING, PENDING or LENT to ENDING, by fail().
 #
 # A task that waits for futures among its arguments is in no queue. When they are done it joins the
 # core's queue, from which the engine takes it when it has room: from then on it is lent. An engine may
@@ -987,9 +991,8 @@ def _later_signals() -> Iterator[None]:
 
 
 Call = tuple["Callable[..., Any]", Any, Any, "float | None"]
-"""What a worker is to run: (fn, arguments, how, budget). Of a task, ``how`` has its keywords, and there
-is no budget. Of a chunk, the arguments are its items, ``how`` says whether each is a tuple of arguments,
-and after so many seconds the worker begins no further one."""
+"""What a worker is to run. Of a task: (fn, its arguments, its keywords, None). Of a chunk: (fn, its items,
+whether each is a tuple of arguments, the seconds after which the worker begins no further one)."""
 
 Reply = tuple[list[Any], "BaseException | None", int, float]
 """What became of a call: (results, failure, begun, seconds). ``begun`` is how many of its items were
@@ -997,7 +1000,7 @@ begun, one that failed included:
 
 - none: the call could not be sent, or not be read. The items of a chunk are then tried one by one, so
   that only the bad one fails; a task fails.
-- some: if there is a failure, the last of those failed. The others go back to the queue.
+- some: those are done; if there is a failure, it is that of the last one. The rest goes back to the queue.
 - all: nothing goes back. With a failure and no results, the worker was lost.
 """
 
@@ -1029,7 +1032,7 @@ class _Place(enum.Enum):
     WAITING = enum.auto()  # in nobody's queue: a future among its arguments is not done
     PENDING = enum.auto()  # in the core's queue
     LENT = enum.auto()  # an engine has it; it runs, or waits there and may be taken back
-    ENDING = enum.auto()  # its future is being told what became of it; its seat is still taken
+    ENDING = enum.auto()  # its future is being told what became of it; the end still waits for it
     CANCELLED = enum.auto()  # its future is being told that
     DONE = enum.auto()  # told
 
@@ -1055,8 +1058,8 @@ class _Engine(abc.ABC):
     Of ``core``, which is there once the engine has been made, it calls:
 
     - ``take(n)``: up to n tasks, lent from now on;
-    - ``ask()``: how many wait. The last thing before it rests: from then on the next task that comes
-      brings a :meth:`feed`, without which nobody would wake it;
+    - ``ask()``: how many wait. Called last before it rests: from then on the next task that comes brings
+      a :meth:`feed`, without which nobody would wake it;
     - ``end(outcomes)``: what became of some, ``(work, reply)`` each; under no lock;
     - ``put_back(works)``: they have not begun. ``stopped(work)``: what ran it was killed. Both in the same
       hold of ``_engine_lock`` in which it takes the task from its worker. Otherwise a cancel() or a
@@ -1065,8 +1068,8 @@ class _Engine(abc.ABC):
     - ``settle()``: under no lock, soon after one of these was called under a lock;
     - ``break_down(error)``: workers can't be set up, so no task will run any more.
 
-    A task that it has taken has a ``call``, which becomes None if it is cancelled; so what an engine holds
-    it reads once. ``seat`` and ``message`` are the engine's to set.
+    The ``call`` of a task becomes None when it is cancelled, at any time and in any thread: copy it to a
+    local once. ``seat`` and ``message`` are the engine's to set.
     """
 
     core: _Core
@@ -1074,14 +1077,15 @@ class _Engine(abc.ABC):
     """How long a chunk of a map's items should take, for its overhead not to count; 0: no chunks."""
     future_type: type[_Task] | None = None  # what submit() returns, if not a _Task
     look_after = 1.0
-    """The share of a time limit after which to look again what runs. Less than 1, if began() hears of a
-    start only when it is asked: the task then gets up to so much more time."""
+    """The share of a time limit after which began() is asked again. Less than 1 where it hears of a start
+    only when it is asked: a task may then run longer than its limit by that share of it."""
     name = "another executor"
 
     @abc.abstractmethod
     def feed(self) -> None:
-        """There is work, or something to settle: wake your thread, and no more. It must take no lock,
-        for it is called from a ``__del__`` and from signal handlers, from any thread, after close() too."""
+        """There is work, or something to settle: wake your thread, and no more. It takes no lock, for it
+        is called from a ``__del__`` and from signal handlers, in any thread, after close() too. (An engine
+        without a thread, as the one in the calling process, runs the task right here.)"""
 
     @abc.abstractmethod
     def take_back(self, works: list[_Work]) -> None:
@@ -1146,8 +1150,8 @@ class _Work:
     verdict: BaseException | None = None  # what it fails with, if it is stopped and not cancelled
     reason = ""  # why it was cancelled
     seat: Any = None
-    """Where the engine has it: on joblib a _Seat, on Ray a reference. Each time another object: recall()
-    sees by it whether the task has come back and was lent again."""
+    """Where the engine has it: on joblib a _Seat, on Ray a reference. Each time that it is lent it is
+    another object, by which _Core.recall() sees whether the task has come back and was lent again."""
     message: Any = None  # the engine's own, too
 
     def finish(self, reply: Reply) -> None:
@@ -1281,7 +1285,7 @@ class _Map:
         self.starred = starred
         self.chunksize = chunksize
         self.seconds: float | None = None  # of an item, of late
-        self.known = 0  # items in the longest run of which their time is known
+        self.known = 0  # the most items that one chunk has had, of those that have ended
         self.blocks: collections.deque[list[Any]] = collections.deque()
         """Items that are in no chunk yet, as they were read. Each block is in reverse order, so that its
         first items can be cut off at its end: fast, and without a reference that stays behind."""
@@ -1301,8 +1305,8 @@ class _Map:
         if self.chunksize is not None or self.seconds is None:
             return self.chunksize or 1
         each = max(self.seconds, 1e-7)
-        # A quarter of a worker's share, so that slow items are spread. But not so few that the overhead
-        # counts, and not more than it takes for the overhead not to count.
+        # A quarter of a worker's share, so that slow items are spread. But not so few that they take less
+        # than a thirtieth of chunk_seconds, for then the overhead counts; nor more than chunk_seconds.
         share = left / (4 * self.core.engine.width(self.core.max_workers))
         return max(int(min(max(share, target / 30 / each), target / each)), 1)
 
@@ -1327,7 +1331,8 @@ class _Map:
         return self.chunksize is None and _count(chunk.call) > self.known
 
     def clear(self) -> Any:
-        """Take away the items that are in no chunk; under ``_lock``, so the caller drops them."""
+        """Take away the items that are in no chunk; under ``_lock``. They are returned, for the caller to
+        drop them under no lock."""
         gone, self.blocks = self.blocks, collections.deque()
         self.core.uncut -= self.left
         self.left = 0
@@ -1411,7 +1416,9 @@ class _Core:
         self.policy = policy
         self.limit = limit  # seconds that a task, or an item of a map, may take
         self.stage = _Stage.OPEN
-        self.ending = "what ran it has cancelled it"  # why tasks are cancelled, unless they know
+        self.ending = (
+            "what ran it has cancelled it"  # the reason of those cancelled without their own
+        )
         self.broken: BaseException | None = None  # why no task will run any more
         self.killed_by = ""  # the method that has killed the workers
         self.works: set[_Work] = set()
@@ -1431,8 +1438,8 @@ class _Core:
         self.dropped: collections.deque[Any] = collections.deque()  # references: to be let go
         self.deferred: collections.deque[Callable[[], Any]] = collections.deque()  # to be called
         self.telling: collections.Counter[int] = collections.Counter()
-        """Threads in which callbacks of ours run, by how deep: there is no waiting for the end in
-        one, for it would wait for itself."""
+        """How many tell() are under way in each thread. In such a thread there is no waiting for the
+        end, for it would wait for itself."""
         self.settling: set[int] = set()  # threads in settle(), which is not to be entered again
         self.is_unwatched = True  # the thread of the time limits sleeps until there is a task
         engine.core = self
@@ -2115,7 +2122,7 @@ def _end_all() -> None:
         for core in cores:
             each.callback(core.shutdown)
         for core in cores:
-            each.callback(core.shutdown, wait=False)  # these first
+            each.callback(core.shutdown, wait=False)  # called first: what came last goes first
 
 
 def _at_exit(function: Callable[[], None], priority: int = 100) -> None:
@@ -2533,7 +2540,7 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
             calls.reverse()
             while calls:
                 # A permit is taken only when the reply before it is written in full. So at any moment at
-                # most one call has begun and is not replied to, on which the driver relies.
+                # most one call has begun and is not replied to: rule 3 of joblib's engine.
                 if acquire is not None and not acquire(False):
                     send(b"")
                     break
@@ -3561,8 +3568,8 @@ if hasattr(os, "register_at_fork"):
 #    replied to: the first one of the front batch. It is the one that runs, and all that a death costs.
 # 4. A task that runs is killed only when every call behind it has been taken back. If one of those
 #    has begun, the task has ended, and its reply is on its way.
-# 5. While a worker is idle, nothing is pending or lent beyond what runs. One that runs dry takes half
-#    of what the fullest has been lent. When any worker is filled, what was lent to one that has been
+# 5. While a worker is idle, no call waits anywhere. One that runs dry takes half of what waits at the
+#    fullest. When any worker is filled, what was lent to one that has been
 #    silent for 5 ms comes back first. So nothing sits behind a long task, and two tasks that wait for
 #    each other meet; without a timer. In which order those begin that were lent ahead is not promised.
 # 6. A worker is lent what takes it 20 ms at the pace measured of late. A send never waits for a busy
@@ -3650,7 +3657,7 @@ class _Worker:
         back: list[_Work] = []
         permits = self.process.permits
         for batch in reversed(self.batches):
-            keep = batch is self.batches[0]  # its first call runs, or is about to
+            keep = int(batch is self.batches[0])  # its first call runs, or is about to
             while len(batch.works) > keep and len(back) < most:
                 if back and back[-1] is down_to:
                     break
@@ -4177,7 +4184,7 @@ class _LokyEngine(_Engine):
                 process.end()  # no executor finds what another one has set up
                 continue
             if process.up:
-                process.up = False  # until it says that it is as it was when it was started
+                process.up = False  # until it says that its state is what it was at its start
                 with contextlib.suppress(OSError):  # it is gone, as whoever adopts it will see
                     process.connection.send_bytes(b"")
             arrived.append(process)
