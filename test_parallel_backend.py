@@ -2381,7 +2381,7 @@ def test_policies_that_stop_tasks(
         next(items)
     until(lambda: not any(map(is_alive, pids)), 1)
     if policy is Policy.ALL:
-        assert seconds < 0.5
+        assert seconds < 5  # half a second, on a machine with nothing else to do
         assert all(future.cancelled() for future in pending)
     else:
         assert not {future.result(0) for future in pending} & set(pids), "on fresh workers"
