@@ -2186,14 +2186,15 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
             elif budget == float("inf"):
                 run_block(arguments)
             else:
-                # In blocks that take an eighth of the budget, so that the clock costs nothing.
+                # In blocks that take a 256th of the budget: enough for the clock to cost nothing, and too
+                # short to hold several items that take far longer than those before.
                 size = 1
                 while len(values) < len(arguments):
                     run_block(arguments[len(values) : len(values) + size])
                     spent = clock() - started
                     if spent > budget:
                         break
-                    fits = len(values) * budget / (8 * spent + 1e-9)
+                    fits = len(values) * budget / (256 * spent + 1e-9)
                     size = max(min(int(fits), 4 * size), 1)
         except BaseException as raised:
             # Without this frame, which would hold the arguments.

@@ -3092,6 +3092,11 @@ def test_map_of_a_function_that_raises_stop_iteration(
     assert len(begun) == len({*begun}) and {*begun} >= {0, 1, 2}
 
 
+def test_a_chunk_comes_back_when_its_items_become_long() -> None:
+    begun = pb._run(time.sleep, [0.001] * 8 + [0.2] * 8, False, 0.1)[2]
+    assert begun <= 10, "at most one long one after the first"
+
+
 def test_map_runs_all_items_unread_and_after_a_failure(backend: Backend, tmp_path: Path) -> None:
     def touch(number: int) -> None:
         if number % 2:
