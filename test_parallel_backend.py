@@ -5493,7 +5493,8 @@ def test_a_growing_cluster_grows_as_fast_as_for_ray_itself(count: int, tmp_path:
     for kind in ("ours", "unbounded"):
         seconds, nodes, workers = taken[kind]
         assert seconds <= 1.25 * taken["raw"][0]
-        assert nodes == 5 and workers == 5
+        # On a slow machine the tasks end before all five are there, for Ray itself too.
+        assert nodes >= taken["raw"][1] > 1 and workers == nodes
 
 
 @pytest.mark.cluster
