@@ -1139,9 +1139,8 @@ class _Work:
     """What an engine is lent: a task, or a chunk of a map's items."""
 
     core: _Core | None  # None when it is done: to hold a result is not to hold its executor
-    call: (
-        Call | None
-    )  # here alone, so that nobody else need hold its arguments; None when it is done
+    # Here alone, so that nobody else need hold its arguments. None when it is done.
+    call: Call | None
     place = _PENDING
     abandoned = False  # nobody wants it; only of a chunk
     unwanted = 0
@@ -1352,9 +1351,10 @@ class _Map:
         if begun:
             each = seconds / begun
             if seconds:  # none is known of a lost worker
-                if self.seconds is None or begun > self.known:
+                if begun > self.known:
                     self.seconds, self.known = each, begun
-                self.seconds = (self.seconds + each) / 2
+                else:
+                    self.seconds = ((self.seconds or each) + each) / 2
             size = self.size(len(items) - begun + self.left)
         elif len(items) == 1:
             begun = 1  # it can't be sent, or not be read: it is this one that fails
@@ -1416,9 +1416,8 @@ class _Core:
         self.policy = policy
         self.limit = limit  # seconds that a task, or an item of a map, may take
         self.stage = _Stage.OPEN
-        self.ending = (
-            "what ran it has cancelled it"  # the reason of those cancelled without their own
-        )
+        # The reason of those that are cancelled without one of their own.
+        self.ending = "what ran it has cancelled it"
         self.broken: BaseException | None = None  # why no task will run any more
         self.killed_by = ""  # the method that has killed the workers
         self.works: set[_Work] = set()
@@ -1661,11 +1660,11 @@ class _Core:
 
     def kill(self, what: str) -> None:
         """As :meth:`ParallelExecutor.kill_workers` says."""
-        if not _under_a_lock():
-            self.killed_by = what  # before any is stopped: stopped() looks
-            self.shutdown(False, CancellationPolicy.ALL)
-        else:
+        if _under_a_lock():
             self.defer(functools.partial(self.kill, what))
+            return
+        self.killed_by = what  # before any is stopped: stopped() looks
+        self.shutdown(False, CancellationPolicy.ALL)
 
     def keep_limit(self) -> None:
         """Stop what runs for longer than it may. The body of the thread that watches over the limit."""
@@ -2936,9 +2935,8 @@ class _OverEngine(_Engine):
         self.inner: dict[_Work, Future[Any] | None] = {}
         """What was lent, and its future; None while it is submitted. Under _engine_lock."""
         self.asked: set[_Work] = set()  # which take_back() has in hand, and nobody else
-        self.moved = threading.Condition(
-            _engine_lock
-        )  # notified when one is None no more, or asked
+        # Notified when one is None no more, or asked no more.
+        self.moved = threading.Condition(_engine_lock)
         self.news: queue.SimpleQueue[tuple[_Work, Future[Any]] | None] = queue.SimpleQueue()
         """What has ended; None: look for work."""
         self.closing = False
@@ -3093,9 +3091,8 @@ _portable_run = _Portable()
 class _EngineBackend(ParallelBackend):
     """A backend whose executors are the core over an engine."""
 
-    _stops: ClassVar[bool] = (
-        True  # whether its engine can stop a task; if not, limits have no effect
-    )
+    # Whether its engine can stop a task; if not, limits have no effect.
+    _stops: ClassVar[bool] = True
 
     @classmethod
     @_config_deprecated()
