@@ -4719,12 +4719,12 @@ class _RayEngine(_Engine):
         # Tasks in the waiter's hands: it submits them, or reads their reply. They have no reference in
         # ``lent``, so take_back() and stop() wait until they are out of them.
         self.in_hand: set[_Work] = set()
-        self.handed_on = threading.Condition(_engine_lock)  # notified when in_hand gets smaller
+        self.handed_on = threading.Condition(_engine_lock)  # notified when in_hand or asked is less
         self.asked: set[Any] = set()  # references that a take_back() has in hand, and nobody else
         self.belled: set[Any] = set()
-        self.is_streaming = (
-            False  # replies come faster than bells ring; with the next, the waiter's
-        )
+        # Replies come so fast that it costs less to wait for some together than to hear a bell for each.
+        # This and the next are the waiter's own.
+        self.is_streaming = False
         self.heard = 0.0  # when the last ones were handled
         self.more_bells = 0  # than can run: tasks that wait in ray.get() give back their CPUs
         self.refused: dict[Any, float] = {}  # when a take_back() found that one had begun
@@ -4982,15 +4982,14 @@ class _RayEngine(_Engine):
         with contextlib.suppress(queue.Empty):
             if not self.is_streaming:
                 self.hang_bells()
-                # Nobody tells us that the cluster has grown, or that the session has ended. Only
-                # while tasks are lent: an idle executor wakes up for nothing.
+                # Nobody tells us that the cluster has grown, nor does an older Ray that its session
+                # has ended. Only while tasks are lent: an idle executor does not wake up.
                 timeout = 0.02 if self.stopping else 1.0 if self.lent else None
                 rung.add(self.news.get(timeout=timeout))
             while True:
                 rung.add(self.news.get_nowait())
-        self.woken = (
-            False  # before it looks for work: whoever finds it set can rely on a look to come
-        )
+        # Before it looks for work: whoever finds it set can rely on a look that is still to come.
+        self.woken = False
         rung.discard(None)
         return rung
 
