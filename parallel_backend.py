@@ -2311,6 +2311,22 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
 
         return dumps
 
+    def help_children(dumps: Callable[..., bytes]) -> None:
+        """Let a task start processes by multiprocessing, as the main program may. Where these are not
+        forked, what they run is pickled; and by its name nothing of the program's ``__main__`` would be
+        found, for that of a worker is another one. So it goes by value."""
+        from multiprocessing.reduction import ForkingPickler
+
+        def reducer_override(_: object, value: Any) -> Any:
+            if (
+                issubclass(type(value), (types.FunctionType, type))
+                and value.__module__ == "__main__"
+            ):
+                return pickle.loads, (dumps(value),)
+            return NotImplemented
+
+        cast("Any", ForkingPickler).reducer_override = reducer_override
+
     def opener(loads: Callable[[bytes], Any]) -> Callable[[bytes | None, bytes], Any]:
         """An ``open_call(head, body)``, which makes a call of a message. It keeps the functions that it has
         made: the same bytes are the same function, so what that stores in a global is there for its next
@@ -2519,6 +2535,7 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
                 os._exit(1)  # nobody is there to hear it
 
         dumps = dumper(importlib.import_module(cloudpickle))
+        help_children(dumps)
         open_call = opener(pickle.loads)
         born = state()
         send(b"")
@@ -2594,10 +2611,21 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
         data, *buffers = (content[start : start + size] for start, size in spans)
         return pickle.loads(data, buffers=buffers)
 
-    return run, said, pack, seal, dumper, opener, set_up, serve, map_file
+    return run, said, pack, seal, dumper, help_children, opener, set_up, serve, map_file
 
 
-_run, _said, _pack, _seal, _dumper, _opener, _set_up, _serve, _map_file = _worker_functions()
+(
+    _run,
+    _said,
+    _pack,
+    _seal,
+    _dumper,
+    _help_children,
+    _opener,
+    _set_up,
+    _serve,
+    _map_file,
+) = _worker_functions()
 
 
 def _unpack(packed: tuple[bytes, str] | None, name: str, begun: int) -> BaseException | None:
@@ -4428,6 +4456,7 @@ class JoblibParallelBackend(_EngineBackend, backend_name="joblib"):
 def _ray_functions(setup: bytes = b"") -> tuple[Callable[..., Any], ...]:
     """What Ray runs, and what that needs; by value, as above. ``setup`` is an initializer's pickle."""
     run, pack, seal, dumper, opener, set_up = _run, _pack, _seal, _dumper, _opener, _set_up
+    help_children = _help_children
 
     def here() -> dict[Any, Any]:
         """What is kept in this process, by name; each thread's shelf, by its number."""
@@ -4447,6 +4476,7 @@ def _ray_functions(setup: bytes = b"") -> tuple[Callable[..., Any], ...]:
             asked = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
             kept.update(ray=ray, context=ray.get_runtime_context(), getsignal=asked, handler=None)
             kept.update(dumps=dumper(ray.cloudpickle), openers={None: opener(pickle.loads)})
+            help_children(kept["dumps"])
         return kept
 
     def shield(kept: dict[Any, Any]) -> None:

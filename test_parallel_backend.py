@@ -4058,14 +4058,15 @@ PLACES = {
     "a worker is killed while what it has started lives on": """
         def start():
             import subprocess
-            subprocess.Popen(["sleep", "8"], start_new_session=True, close_fds=False)
+            sleeps = subprocess.Popen(["sleep", "8"], start_new_session=True, close_fds=False)
+            Path(os.environ["PLACE"], "sleeps").write_text(str(sleeps.pid))
             os.kill(os.getpid(), 9)
         with opened(1) as executor:
             started = time.monotonic()
             error = executor.submit(start).exception(20)
             assert type(error).__name__ == "BrokenProcessPool", error
             assert time.monotonic() - started < 5
-        subprocess.run(["pkill", "-f", "sleep 8"])
+        os.kill(int(Path(os.environ["PLACE"], "sleeps").read_text()), 9)
     """,
     "the folder and the environment change between executors": """
         def where():
@@ -4176,14 +4177,17 @@ PLACES = {
     "a task uses multiprocessing": """
         def child(queue):
             queue.put(5)
-        def task():
-            queue = multiprocessing.Queue()
-            process = multiprocessing.Process(target=child, args=(queue,))
+        def task(way):
+            context = multiprocessing.get_context(way)
+            queue = context.Queue()
+            process = context.Process(target=child, args=(queue,))
             process.start()
             process.join(20)
-            return queue.get(), multiprocessing.get_start_method()
+            return queue.get(timeout=20), multiprocessing.get_start_method()
         with opened(1) as executor:
-            assert executor.submit(task).result(20) == (5, multiprocessing.get_start_method())
+            for way in (None, "spawn"):
+                got = executor.submit(task, way).result(40)
+                assert got == (5, multiprocessing.get_start_method())
     """,
     "an executor that its process leaves open": """
         executor = opened(2, cancel_futures=ALL)
@@ -4221,6 +4225,7 @@ PLACES = {
 
 PLACE = """
 import contextlib, multiprocessing, os, subprocess, sys, tempfile, time
+from pathlib import Path
 import parallel_backend as pb
 ALL = pb.CancellationPolicy.ALL
 def opened(workers, **options):
