@@ -1965,7 +1965,7 @@ class ParallelExecutor(Executor):
         core = self._core
         works = list(core.works)
         running = sum(core.engine.running(work) for work in works if work.place is _LENT)
-        items = sum(1 if isinstance(work, _Task) else _count(work.call) for work in works)
+        items = sum(_count(work.call) for work in works)
         state = "" if core.stage is _Stage.OPEN else f", {core.stage.name.lower()}"
         return (
             f"<{type(self).__name__} on {core.engine.name}: max_workers={self._max_workers}, "
