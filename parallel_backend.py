@@ -1934,7 +1934,6 @@ class _Core:
     def forget(self) -> None:
         """In a forked child, which has none of our threads, and no right to our workers."""
         self.engine = _Nothing()
-        self.engine.core = self
         self.stage = _Stage.CLOSED
         self.pending.clear()
         self.works.clear()
