@@ -1362,12 +1362,13 @@ class _Map:
         if begun:
             self.tell(chunk.start, values, failure)
         chunk.call = None
-        self.core.add_first(
-            [
-                _Chunk(self, chunk.start + n, items[n : n + size])
-                for n in range(begun, len(items), size)
-            ]
-        )
+        rest = [
+            _Chunk(self, chunk.start + n, items[n : n + size])
+            for n in range(begun, len(items), size)
+        ]
+        with _lock:
+            self.core.works.update(rest)
+            self.core.put_back(rest)  # it runs next
 
     def abandon(self) -> None:
         """Nobody wants the rest: cancel what has not begun, and stop what runs if the policy may."""
@@ -1841,14 +1842,6 @@ class _Core:
                 self.engine.feed()
 
     # Between the two.
-
-    def add_first(self, chunks: Sequence[_Chunk]) -> None:
-        """What a chunk gives back runs next."""
-        if not chunks:
-            return
-        with _lock:
-            self.works.update(chunks)
-            self.put_back(chunks)
 
     def drop_pending(self, error: BaseException) -> list[Any]:
         """Empty the queue, and fail what is in no chunk of its maps; under ``_lock``. What it returns is to
