@@ -1871,12 +1871,19 @@ class _Core:
                 except BaseException as error:
                     # A callback has left by sys.exit(), or a Ctrl-C came. Once more, and then the others:
                     # what is set stays so, and what is not, is set now.
-                    raised = self.to_raise(error, raised)
+                    # In the main thread it goes on when all are told; in any other, an engine's, it must
+                    # not end the thread.
+                    if threading.current_thread() is threading.main_thread():
+                        raised = raised or error
+                    else:
+                        _log.critical("Exception in a callback of a task", exc_info=error)
                     if is_second_try:
                         rest.popleft()
                     is_second_try = not is_second_try
         finally:
-            self.leave(thread)
+            self.telling[thread] -= 1
+            if not self.telling[thread]:
+                del self.telling[thread]
             with _lock:
                 for work, _ in outcomes:
                     work.place = _DONE
@@ -1898,19 +1905,6 @@ class _Core:
 
     def tell_cancelled(self, works: Iterable[_Work]) -> None:
         self.tell([(work, None) for work in works if work.place is _CANCELLED])
-
-    def to_raise(self, error: BaseException, before: BaseException | None) -> BaseException | None:
-        """What is to be raised when all are told. In the main thread, what has left a callback, a Ctrl-C
-        above all, goes on; in any other, an engine's, it must not end the thread."""
-        if threading.current_thread() is threading.main_thread():
-            return before or error
-        _log.critical("Exception in a callback of a task", exc_info=error)
-        return before
-
-    def leave(self, thread: int) -> None:
-        self.telling[thread] -= 1
-        if not self.telling[thread]:
-            del self.telling[thread]
 
     def close_if_over(self) -> None:
         with _lock:
