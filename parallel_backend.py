@@ -1661,9 +1661,6 @@ class _Core:
 
     def kill(self, what: str) -> None:
         """As :meth:`ParallelExecutor.kill_workers` says."""
-        if _under_a_lock():
-            self.defer(functools.partial(self.kill, what))
-            return
         self.killed_by = what  # before any is stopped: stopped() looks
         self.shutdown(False, CancellationPolicy.ALL)
 
