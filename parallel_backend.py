@@ -3694,13 +3694,6 @@ class _Worker:
         back.reverse()
         return back
 
-    def last_begun(self) -> _Batch | None:
-        """With everything taken back that can be: the batch whose last call is the one that runs."""
-        for batch in reversed(self.batches):
-            if batch.works:
-                return batch
-        return None
-
 
 class _LokyEngine(_Engine):
     """See above."""
@@ -3787,10 +3780,10 @@ class _LokyEngine(_Engine):
                 return
             worker = seat.worker
             self.core.put_back(worker.take_back())
-            batch = worker.last_begun()
-            if batch is None or batch.works[-1] is not work:
+            left = [each for batch in worker.batches for each in batch.works]
+            if left[-1:] != [work]:
                 return  # one behind it has begun, so it has ended: its reply is on its way
-            batch.works.pop()
+            seat.batch.works.pop()
             worker.outstanding -= 1
             work.seat = None
             worker.doomed = True  # nothing follows, so the signal hits this task or none
