@@ -3678,7 +3678,8 @@ class _Worker:
         back: list[_Work] = []
         permits = self.process.permits
         for batch in reversed(self.batches):
-            keep = int(batch is self.batches[0])  # its first call runs, or is about to
+            # The first call of the first one runs, or is about to. Not where the worker has died.
+            keep = int(batch is self.batches[0] and not self.doomed)
             while len(batch.works) > keep and len(back) < most:
                 if back and back[-1] is down_to:
                     break
@@ -4150,21 +4151,10 @@ class _LokyEngine(_Engine):
             self.by_last_news.pop(worker, None)
             if worker in self.idle:
                 self.idle.remove(worker)
-            back: list[_Work] = []
-            lost: list[_Work] = []
-            for batch in worker.batches:
-                free: list[_Work] = []
-                while (
-                    batch.works
-                    and process.permits
-                    and process.permits[batch.semaphore].acquire(False)
-                ):
-                    free.append(batch.works.pop())  # not begun, though maybe it was about to
-                back += reversed(free)
-                lost += batch.works
-            for work in back + lost:
+            self.core.put_back(worker.take_back())
+            lost = [work for batch in worker.batches for work in batch.works]
+            for work in lost:
                 work.seat = None
-            self.core.put_back(back)
             worker.batches.clear()
             worker.outstanding = 0
             self.limit = self.max_workers
