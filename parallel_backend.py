@@ -4180,7 +4180,8 @@ class _LokyEngine(_Engine):
             arrived = [process for process, _ in self.arrived if process is not None]
             self.arrived.clear()
         self.watch.close()
-        self.ring = _ignore  # a thread in feed() may hold the old one: the last one closes its end
+        # A thread in feed() may hold the old one: the last one closes its end.
+        self.ring = lambda _: None
         self.bell.close()
         for worker in workers:
             process = worker.process
@@ -4196,10 +4197,6 @@ class _LokyEngine(_Engine):
             _starter.keep(process)
         # A program that changes its environment leaves some of another shape behind each time.
         _starter.drop_all_but(4 * (os.cpu_count() or 1) + len(workers))
-
-
-def _ignore(_: bytes) -> None:
-    pass
 
 
 def _has_written(connection: Any) -> bool:
