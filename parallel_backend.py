@@ -3474,7 +3474,7 @@ class _Starter:
             with contextlib.suppress(queue.Empty):
                 while True:
                     if (other := self.orders.get_nowait()) is not None:
-                        self.deliver(other, None, error)
+                        self.deliver(other, error)
 
     def live(self) -> None:
         while True:
@@ -3491,28 +3491,26 @@ class _Starter:
             self.drop_all_but(0, before=time.monotonic() - IDLE_SECONDS)
 
     def start_for(self, engine: _LokyEngine) -> None:
-        process: _Process | None = None
-        error: BaseException | None = None
         with self.starting:
-            if not engine.closing:
-                try:
-                    process = _Process(engine.env)
-                except BaseException as raised:
-                    error = raised.with_traceback(None)
-        self.deliver(engine, process, error)
+            if engine.closing:
+                return
+            started: _Process | BaseException
+            try:
+                started = _Process(engine.env)
+            except BaseException as error:
+                started = error.with_traceback(None)
+        self.deliver(engine, started)
 
-    def deliver(
-        self, engine: _LokyEngine, process: _Process | None, error: BaseException | None
-    ) -> None:
+    def deliver(self, engine: _LokyEngine, started: _Process | BaseException) -> None:
         with _engine_lock:
             # Either close() comes after this and sees it, or this sees that it came.
             is_taken = not engine.closing
             if is_taken:
-                engine.arrived.append((process, error))
+                engine.arrived.append(started)
         if is_taken:
             engine.feed()
-        elif process is not None:
-            self.keep(process)
+        elif isinstance(started, _Process):
+            self.keep(started)
 
     def keep(self, process: _Process) -> None:
         self.kept.append((time.monotonic(), process))
@@ -3716,8 +3714,8 @@ class _LokyEngine(_Engine):
         self.by_last_news: dict[_Worker, None] = {}
         self.pace = 1.0  # seconds of a call, of late
         self.starting = 0  # ordered and not arrived
-        self.arrived: collections.deque[tuple[_Process | None, BaseException | None]]
-        self.arrived = collections.deque()  # from the starter
+        self.arrived: collections.deque[_Process | BaseException] = collections.deque()
+        """What the starter has started, or why it could not."""
         self.limit = max_workers  # fewer for a while, when no more can be started
         self.failures = 0  # of starts, in a row
         self.closing = False
@@ -3851,8 +3849,7 @@ class _LokyEngine(_Engine):
             self.retire()
         if self.closing:
             return
-        if self.arrived:
-            self.welcome()
+        self.welcome()
         self.core.settle()  # a task that has waited for another one may be pending then
         self.fill_idle()
         if len(self.workers) + self.starting < self.limit:
@@ -3879,12 +3876,12 @@ class _LokyEngine(_Engine):
 
     def welcome(self) -> None:
         while self.arrived:
-            process, error = self.arrived.popleft()
+            started = self.arrived.popleft()
             self.starting -= 1
-            if process is not None:
-                self.employ(process, is_new=True)
+            if isinstance(started, _Process):
+                self.employ(started, is_new=True)
             else:
-                self.refuse(error)
+                self.refuse(started)
 
     def employ(self, process: _Process, is_new: bool) -> None:
         worker = _Worker(process, is_new)
@@ -3896,7 +3893,7 @@ class _LokyEngine(_Engine):
             # What a task has forked may hold the connection open when the worker is gone.
             self.watch.add(process.pidfd, (worker, True))
 
-    def refuse(self, error: BaseException | None) -> None:
+    def refuse(self, error: BaseException) -> None:
         """A worker could not be started: go on with fewer; with none, fail what is pending."""
         self.failures += 1
         there = len(self.workers) + self.starting
@@ -3909,9 +3906,8 @@ class _LokyEngine(_Engine):
         self.failures = 0  # start_more() tries again, if more is pending by then
         with _engine_lock:
             works = self.core.take_all()
-        reason = error or RuntimeError("unknown")
         message = "No worker process could be started. Are there processes, descriptors and memory left (ulimit -a)?"
-        self.core.end([_lost(work, _broken(message, reason)) for work in works])
+        self.core.end([_lost(work, _broken(message, error)) for work in works])
 
     def retire(self) -> None:
         """Nobody has had work for long: let the idle ones go."""
@@ -4177,7 +4173,7 @@ class _LokyEngine(_Engine):
         """The reader's last: keep what is warm, end the rest, and give back the descriptors."""
         with _engine_lock:
             workers, self.workers, self.idle, self.by_last_news = self.workers, [], [], {}
-            arrived = [process for process, _ in self.arrived if process is not None]
+            arrived = [each for each in self.arrived if isinstance(each, _Process)]
             self.arrived.clear()
         self.watch.close()
         # A thread in feed() may hold the old one: the last one closes its end.
