@@ -3654,7 +3654,7 @@ class _Seat:
 class _Worker:
     """A process and what it has been lent; all of it under ``_engine_lock``."""
 
-    def __init__(self, process: _Process, is_new: bool) -> None:
+    def __init__(self, process: _Process, is_new: bool, spare: int) -> None:
         self.process = process
         # Whether it was started for us. If so, its death before it is up is a failure; a warm one may
         # have ended because something in it was no longer as it was at first.
@@ -3664,7 +3664,7 @@ class _Worker:
         """At most two; the first is what it works on."""
         self.outstanding = 0  # calls not replied to, of both
         self.is_ready = False  # it is up, and its initializer, if there is one, has run
-        self.spare = sys.maxsize  # how many tasks it may still be lent
+        self.spare = spare  # how many tasks it may still be lent
         self.since = float("inf")  # when the call that runs began, if the worker has said so
         self.is_read = False  # what it has written is in the reader's hands
         self.doomed = False  # killed, or about to be: it is lent nothing any more
@@ -3884,8 +3884,7 @@ class _LokyEngine(_Engine):
                 self.refuse(started)
 
     def employ(self, process: _Process, is_new: bool) -> None:
-        worker = _Worker(process, is_new)
-        worker.spare = self.max_tasks
+        worker = _Worker(process, is_new, self.max_tasks)
         with _engine_lock:
             self.workers.append(worker)
         self.watch.add(process.connection, (worker, False))
@@ -4024,8 +4023,7 @@ class _LokyEngine(_Engine):
     def fitting(self, worker: _Worker, works: Sequence[_Work]) -> int:
         """How many of them can be sent now: the first, if it is dry; more, if they are small."""
         total = sum(batch.size for batch in worker.batches)
-        sizes = _sizes(works)
-        for count, size in enumerate(sizes):
+        for count, size in enumerate(_sizes(works)):
             total += size
             if (count or worker.outstanding) and (self.idle or total > _LARGE):
                 return count
