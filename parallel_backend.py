@@ -3396,15 +3396,13 @@ class _Semaphore:
             _loky_tracker().unregister(self.name, "semlock")
 
     def __reduce__(self) -> Any:
-        _multiprocessing: Any = importlib.import_module("_multiprocessing")
-
-        handle = self.semlock.handle
+        handle, rebuild = self.semlock.handle, type(self.semlock)._rebuild
         if sys.platform == "win32":  # where it has no name, but a handle to be duplicated
             from multiprocessing.context import get_spawning_popen
 
             handle = cast("Any", get_spawning_popen()).duplicate_for_child(handle)
-            return _multiprocessing.SemLock._rebuild, (handle, 1, 1 << 15, None)
-        return _multiprocessing.SemLock._rebuild, (handle, 1, 1 << 15, self.name)
+            return rebuild, (handle, 1, 1 << 15, None)
+        return rebuild, (handle, 1, 1 << 15, self.name)
 
 
 @functools.cache
