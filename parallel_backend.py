@@ -3560,13 +3560,11 @@ def _await_start() -> None:
     _starter.starting.acquire()
 
 
-def _after_fork() -> None:
-    _starter.starting.release()
-
-
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=_await_start, after_in_parent=_after_fork, after_in_child=_forget_workers
+        before=_await_start,
+        after_in_parent=lambda: _starter.starting.release(),
+        after_in_child=_forget_workers,
     )
 
 
