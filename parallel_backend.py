@@ -5473,10 +5473,9 @@ def _costs(backend: ParallelBackend) -> Iterator[tuple[str, str]]:
 
 def _amount(seconds: float) -> str:
     """With two digits, in the unit that suits."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size or unit == "µs":
-            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
-    raise AssertionError
+    units = ("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)
+    unit, size = next((each for each in units if seconds >= each[1]), units[-1])
+    return f"{float(f'{seconds / size:.2g}'):g} {unit}"
 
 
 def _surroundings(name: str) -> str:
