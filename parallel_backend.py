@@ -3598,8 +3598,7 @@ _BATCH = 64  # calls, at most
 _AHEAD = 0.02  # seconds of work that a worker may have
 _QUIET = 0.005  # seconds
 _LARGE = 32 * 1024 if sys.platform != "darwin" else 4 * 1024  # bytes: what surely fits into a pipe
-_BEGUN, _ENDED = "begun", "ended"
-_SAID = {b"b": _BEGUN, b"e": _ENDED}  # what a worker with a time limit says before and after a call
+_BEGUN, _ENDED = b"b", b"e"  # what a worker with a time limit says before and after a call
 _PATIENCE = 3  # workers in a row that could not be started, before what is pending fails
 
 
@@ -4066,8 +4065,8 @@ class _LokyEngine(_Engine):
         replies: list[Any] = []
         for message in messages:
             # Under no lock, for it runs code of the user's, and maybe for long.
-            reply: Any = _SAID.get(message)
-            if message and reply is None:
+            reply: Any = message
+            if len(message) > 1:  # else it is a word
                 try:
                     reply = pickle.loads(message)
                     if isinstance(reply[0], tuple) or reply[1] is not None:
@@ -4081,7 +4080,7 @@ class _LokyEngine(_Engine):
         with _engine_lock:
             self.hear(worker)
             for reply in replies:
-                if reply is None:
+                if reply == b"":
                     if worker.is_ready:
                         worker.batches.popleft()  # its rest has been taken back
                     elif worker.process.up:
@@ -4093,7 +4092,7 @@ class _LokyEngine(_Engine):
                         worker.is_ready = self.setup is None
                     continue
                 if reply in (_BEGUN, _ENDED):
-                    worker.since = time.monotonic() if reply is _BEGUN else float("inf")
+                    worker.since = time.monotonic() if reply == _BEGUN else float("inf")
                     continue
                 if not worker.is_ready:
                     broken = reply
