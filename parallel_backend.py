@@ -4861,9 +4861,9 @@ class _RayEngine(_Engine):
                     self.refused[ref] = time.monotonic()
                     self.news.put(ref)  # the waiter may have passed it over while we had it
 
-    def cancel_all(self, refs: list[Any]) -> None:
+    def cancel_all(self, refs: Sequence[Any], force: bool = False) -> None:
         for ref in refs:
-            self.cancel(ref, recursive=False)
+            self.cancel(ref, force=force, recursive=False)
 
     def was_never_begun(self, ref: Any) -> bool:
         errors = self.ray.exceptions
@@ -4923,12 +4923,8 @@ class _RayEngine(_Engine):
         return True
 
     def kill(self, refs: Sequence[Any]) -> None:
-        def cancel() -> None:
-            for ref in refs:
-                self.cancel(ref, force=True, recursive=False)
-
         with contextlib.suppress(Exception):  # the session is gone, and its workers with it
-            self.in_io_thread(cancel)
+            self.in_io_thread(lambda: self.cancel_all(refs, force=True))
 
     def make_sure(self, seconds: float) -> None:
         """Wait so many seconds for the end of what was stopped, and kill again what lives on: Ray ignores
