@@ -4546,7 +4546,7 @@ def _ray_calls() -> _Calls:
 def _ray_with(remote: Any, options: dict[str, Any]) -> Any:
     if "max_calls" in options:  # the one option that can't be changed afterwards
         return _only_connected(_import_or_explain("ray").remote(**options)(remote._function))
-    return remote.options(**options) if options else remote
+    return remote.options(**options)
 
 
 def _only_connected(remote: Any) -> Any:
