@@ -5168,17 +5168,16 @@ class _RayEngine(_Engine):
         assert call is not None
         failure: BaseException | None = None
         ref = None
-        is_dependent = False
         number = next(self.numbers)
+        # What is behind handles, Ray has to see: it fetches it before the task starts, places the task
+        # near it, and counts and frees it.
+        values = list(self.setup_refs)
         try:
-            # In one piece: several arguments take Ray longer. What is behind handles, Ray has to see:
-            # it fetches it before the task starts, places the task near it, and counts and frees it.
-            values: list[Any] = list(self.setup_refs)
+            # In one piece: several arguments take Ray longer.
             more = self.by_number(values)
             head, body = _ray_calls().message(self.with_handles(call), {}, more, values)
             mark = None if self.mark is None else (self.mark, number)
             data = pickle.dumps((head, body, (self.executor, mark, self.reraise, self.stays)), 5)
-            is_dependent = bool(values)
             made = self.remote(_name(call)).remote(data, *values)
             ref, work.message = made if self.stays else (made, number)
         except BaseException as error:
@@ -5191,7 +5190,7 @@ class _RayEngine(_Engine):
                 self.lent[ref] = work
                 if self.mark is not None:
                     self.marked[number] = work
-                if is_dependent:
+                if values:
                     self.dependents.add(ref)
         if failure is None:
             return []
