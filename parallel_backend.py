@@ -3697,7 +3697,7 @@ class _LokyEngine(_Engine):
     def __init__(self, wishes: _Wishes, env: dict[str, str]) -> None:
         from multiprocessing import Pipe
 
-        self.max_workers = max_workers = wishes.workers
+        self.max_workers = wishes.workers
         self.max_tasks = wishes.max_tasks or sys.maxsize  # of a worker
         self.setup = None if wishes.setup is None else _joblib_calls().dumps(wishes.setup)
         self.held = wishes.setup  # what handles in it refer to must stay
@@ -3711,7 +3711,7 @@ class _LokyEngine(_Engine):
         self.starting = 0  # ordered and not arrived
         self.arrived: collections.deque[_Process | BaseException] = collections.deque()
         """What the starter has started, or why it could not."""
-        self.limit = max_workers  # fewer for a while, when no more can be started
+        self.limit = self.max_workers  # fewer for a while, when no more can be started
         self.failures = 0  # of starts, in a row
         self.closing = False
         self.watch = _Watch()
@@ -4658,7 +4658,7 @@ class _RayEngine(_Engine):
         # Ray Client's references are of their own type. There is no I/O thread behind them: what comes
         # from the cluster comes in one thread of the client's, in which a call to Ray waits for itself.
         self.is_client = self.ref_type is not ray.ObjectRef
-        max_workers, options = wishes.workers, wishes.options
+        options = wishes.options
         self.held = wishes.setup  # what handles in it refer to must stay
         key = os.urandom(8).hex()
         self.mark = f"parallel_backend {key} " if wishes.is_limited else None
@@ -4692,7 +4692,7 @@ class _RayEngine(_Engine):
             for function in (ray.wait, ray.get, ray.cancel, ray.cluster_resources)
         )
         self.options = options
-        self.max_workers = max_workers  # sys.maxsize: what the cluster allows
+        self.max_workers = wishes.workers  # sys.maxsize: what the cluster allows
         # With retry_exceptions, a task has to raise in Ray's sight, or Ray would not run it again. And it
         # has to be alone: Ray would run a whole chunk again.
         self.reraise = bool(options.get("retry_exceptions"))
@@ -4938,7 +4938,7 @@ class _RayEngine(_Engine):
 
     def close(self) -> None:
         self.closing = True
-        with contextlib.suppress(Exception):  # likewise
+        with contextlib.suppress(Exception):  # the session is gone, as in kill()
             deadline = time.monotonic() + 5
             while self.stopping and time.monotonic() < deadline and self.lost() is None:
                 self.make_sure(0.02)  # stopped means that its process is gone
