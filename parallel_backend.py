@@ -3229,7 +3229,6 @@ class _Process:
         self.reaping = threading.RLock()
         self.exitcode: int | None = None
         self.is_reaped = False
-        self.gone = False
         self.permits: tuple[_Semaphore, _Semaphore] | None = None
         try:
             self.permits = _Semaphore(), _Semaphore()
@@ -3333,10 +3332,9 @@ class _Process:
     def end(self) -> None:
         """Kill it, wait until it is gone, and close our ends. For the thread that reads from it."""
         with self.reaping:
-            if self.gone:
+            if self not in self.alive:
                 return
             self.reap()
-            self.gone = True
             self.alive.discard(self)
             self.connection.close()
             if self.lifeline is not None:
