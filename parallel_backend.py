@@ -2976,9 +2976,8 @@ class _OverEngine(_Engine):
     def live(self) -> None:
         while not self.closing:
             news = [self.news.get()]
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    news.append(self.news.get_nowait())
+            while not self.news.empty():  # nobody else takes of it
+                news.append(self.news.get())
             try:
                 self.hear([each for each in news if each is not None])
                 self.lend()
