@@ -825,7 +825,7 @@ class ParallelBackend(abc.ABC):
                 )
         _check_number("max_workers", max_workers)
         policy = _as_policy(cancel_futures)
-        return ParallelExecutor(_OverEngine(executor, max_workers), max_workers, policy)
+        return ParallelExecutor(_OverEngine(executor), max_workers, policy)
 
     @classmethod
     def _configured(cls, config: ParallelConfig) -> type[ParallelBackend]:
@@ -2952,9 +2952,8 @@ class _OverEngine(_Engine):
     or a ``__del__`` may submit, while the executor holds a lock of its own.
     """
 
-    def __init__(self, executor: Executor, max_workers: int) -> None:
+    def __init__(self, executor: Executor) -> None:
         self.executor = executor
-        self.max_workers = max_workers
         self.inner: dict[_Work, Future[Any] | None] = {}
         """What was lent, and its future; None while it is submitted. Under _engine_lock."""
         self.asked: set[_Work] = set()  # which take_back() has in hand, and nobody else
@@ -3021,7 +3020,7 @@ class _OverEngine(_Engine):
         failed: list[tuple[_Work, Reply]] = []
         while True:
             with _engine_lock:
-                taken = self.core.take(self.max_workers - len(self.inner))
+                taken = self.core.take(self.core.max_workers - len(self.inner))
                 self.inner.update(dict.fromkeys(taken))
             if not taken:
                 break
