@@ -1702,8 +1702,7 @@ class _Core:
     # settle() and break_down() under no lock.
 
     def ask(self) -> int:
-        """How many wait, about; and let the next add() call feed(). An engine asks last, before it rests,
-        as long as it could do with more."""
+        """How many wait, about; and let the next add() call feed()."""
         with _lock:
             self.hungry = True
             return self.waiting()
@@ -3580,9 +3579,9 @@ if hasattr(os, "register_at_fork"):
 # 4. A task that runs is killed only when every call behind it has been taken back. If one of those
 #    has begun, the task has ended, and its reply is on its way.
 # 5. While a worker is idle, no call waits anywhere. One that runs dry takes half of what waits at the
-#    fullest. When any worker is filled, what was lent to one that has been
-#    silent for 5 ms comes back first. So nothing sits behind a long task, and two tasks that wait for
-#    each other meet; without a timer. In which order those begin that were lent ahead is not promised.
+#    fullest. When any worker is filled, what was lent to one that has been silent for 5 ms comes back
+#    first. So nothing sits behind a long task, and two tasks that wait for each other meet; without a
+#    timer. In which order those begin that were lent ahead is not promised.
 # 6. A worker is lent what takes it 20 ms at the pace measured of late. A send never waits for a busy
 #    worker: a large message goes to one that has nothing else to do.
 #
