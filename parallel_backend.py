@@ -1447,7 +1447,7 @@ class _Core:
         _at_exit(_end_all)
         if limit is not None:
             threading.Thread(
-                target=self.keep_limit, name="parallel_backend limits", daemon=True
+                target=self.keep_limit, args=(limit,), name="parallel_backend limits", daemon=True
             ).start()
 
     # What users do.
@@ -1664,7 +1664,7 @@ class _Core:
         self.killed_by = what  # before any is stopped: stopped() looks
         self.shutdown(False, CancellationPolicy.ALL)
 
-    def keep_limit(self) -> None:
+    def keep_limit(self, limit: float) -> None:
         """Stop what runs for longer than it may. The body of the thread that watches over the limit."""
         while True:
             with _lock:
@@ -1673,7 +1673,7 @@ class _Core:
                     self.changed.wait()
                 if self.stage is _Stage.CLOSED:
                     return
-            left = self.stop_late(self.limit or 0.0)
+            left = self.stop_late(limit)
             self.settle()
             with _lock:
                 if self.stage < _Stage.CLOSED:
@@ -2654,7 +2654,7 @@ def _caused(error: BaseException, cause: BaseException) -> BaseException:
 def _opened(data: bytes | None, rest: Any, name: str, count: int) -> Reply:
     """The reply that a worker has sealed: its pickle and buffers, or None and the reply itself."""
     opened: list[Any] = []
-    packed, begun, seconds = None, count, 0.0
+    begun, seconds = count, 0.0
     try:
         values, packed, begun, seconds = rest if data is None else pickle.loads(data, buffers=rest)
         if isinstance(values, tuple):  # each was pickled by itself
