@@ -3988,12 +3988,11 @@ class _LokyEngine(_Engine):
             call = None  # it holds its arguments
             del heads, met
             with _engine_lock:
-                # Less those taken back while we pickled: they have no seat, or another one.
-                mine = [w for w in works if w.seat is not None and w.seat.worker is worker]
-                failed = [outcome for outcome in failed if outcome[0] in mine]
+                # Less those taken back while we pickled: they have no seat, for nobody else gives one.
+                failed = [outcome for outcome in failed if outcome[0].seat is not None]
                 for work, _ in failed:
                     work.seat = None
-                mine = [work for work in mine if work.seat is not None]
+                mine = [work for work in works if work.seat is not None]
                 fitting = 0 if worker.doomed else self.fitting(worker, mine)
                 for work in mine[fitting:]:
                     work.seat = None
