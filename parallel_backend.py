@@ -3835,8 +3835,9 @@ class _LokyEngine(_Engine):
                 self.woken = False
             elif worker in self.workers:  # not lost just now
                 self.read(worker, is_dead)
-        if not news:
-            self.retire()
+        if not news:  # nobody has had work for long: the idle ones go
+            for worker in [*self.idle]:
+                self.lose(worker)
         if self.closing:
             return
         self.welcome()
@@ -3897,15 +3898,6 @@ class _LokyEngine(_Engine):
             works = self.core.take_all()
         message = "No worker process could be started. Are there processes, descriptors and memory left (ulimit -a)?"
         self.core.end([_lost(work, _broken(message, error)) for work in works])
-
-    def retire(self) -> None:
-        """Nobody has had work for long: let the idle ones go."""
-        with _engine_lock:
-            idle, self.idle = self.idle, []
-            for worker in idle:
-                worker.doomed = True
-        for worker in idle:
-            self.lose(worker)
 
     def fill_idle(self) -> None:
         while self.idle and (self.core.pending or self.core.ask()) and not self.closing:
