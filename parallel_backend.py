@@ -3785,15 +3785,15 @@ class _LokyEngine(_Engine):
 
     def began(self) -> list[tuple[_Work, float]]:
         with _engine_lock:
-            busy = [
-                w for w in self.workers if w.outstanding and not w.doomed and w.batches[0].works
-            ]
             # Not one whose reply may have come. The pipe is looked at before is_read, since the reader
             # sets that before it empties the pipe: one of the two shows it.
             return [
                 (worker.batches[0].works[0], worker.since)
-                for worker in busy
+                for worker in self.workers
                 if worker.since < float("inf")
+                and not worker.doomed
+                and worker.outstanding
+                and worker.batches[0].works
                 and not _has_written(worker.process.connection)
                 and not worker.is_read
                 and not worker.inbox
