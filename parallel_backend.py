@@ -3944,9 +3944,7 @@ class _LokyEngine(_Engine):
     def take_from_fullest(self) -> bool:
         """Take half of what the fullest worker has been lent, or the next; under ``_engine_lock``."""
         lenders = [worker for worker in self.workers if worker.outstanding > 1]
-        lenders.sort(key=lambda worker: worker.outstanding)
-        while lenders:
-            fullest = lenders.pop()
+        for fullest in sorted(lenders, key=lambda worker: -worker.outstanding):
             if back := fullest.take_back(fullest.outstanding // 2):
                 self.core.put_back(back)
                 return True
