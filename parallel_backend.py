@@ -4686,7 +4686,6 @@ class _RayEngine(_Engine):
         self.remote("")  # an option that is none of Ray's is an error here, and not at each task
         self.needs = {"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus")}
         self.needs.update({"memory": options.get("memory"), **(options.get("resources") or {})})
-        self.capacity = 1
         self.has_warned = False
         self.measure()
         self.context = ray.get_runtime_context()  # asking it does not start Ray, as asking ray does
