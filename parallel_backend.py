@@ -2675,7 +2675,7 @@ def _broken(message: str, cause: BaseException | None = None) -> BaseException:
     return _caused(BrokenProcessPool(f"{message}: {_said(cause)}"), cause)
 
 
-def _initializer_failed(error: BaseException) -> BaseException:
+def _initializer_failed(error: BaseException | None) -> BaseException:
     return _broken("The initializer of this executor has failed, so it takes no more tasks", error)
 
 
@@ -4093,7 +4093,7 @@ class _LokyEngine(_Engine):
             worker.is_read = False
         if broken is not None:
             raised = _opened(broken, (), "the initializer", 1)[1]
-            self.core.break_down(_initializer_failed(raised or RuntimeError("unknown")))
+            self.core.break_down(_initializer_failed(raised))
         elif worker.process.up and not was_up and self.setup is not None:
             with contextlib.suppress(OSError):  # it is gone, as is read next
                 connection.send_bytes(self.letter(worker, None, self.setup))
@@ -5058,8 +5058,7 @@ class _RayEngine(_Engine):
                 return cast("Reply", pickle.loads(answer))
             data, *rest = answer
             if data == "failed":  # to set up its worker
-                raised = _unpack(rest[0], "the initializer", 1)
-                failure = _initializer_failed(raised or RuntimeError("unknown"))
+                failure = _initializer_failed(_unpack(rest[0], "the initializer", 1))
                 self.core.break_down(failure)
                 return [], failure, count, 0.0
             _ray_shelf(rest[1])
