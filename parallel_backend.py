@@ -1079,7 +1079,7 @@ class _Engine(abc.ABC):
     look_after = 1.0
     """The share of a time limit after which began() is asked again. Less than 1 where it hears of a start
     only when it is asked: a task may then run longer than its limit by that share of it."""
-    name = "another executor"
+    name = "an engine"  # in the executor's repr
 
     @abc.abstractmethod
     def feed(self) -> None:
@@ -2950,6 +2950,8 @@ class _OverEngine(_Engine):
     A thread of ours submits to it and hears of the ends, and not the user's: the executor may call back,
     or a ``__del__`` may submit, while the executor holds a lock of its own.
     """
+
+    name = "another executor"
 
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
