@@ -4729,7 +4729,7 @@ class _RayEngine(_Engine):
 
         if not self.is_client:
             _when_done(self.nudge, note)
-            learnt.wait(1)  # it takes as long, if this is that thread
+            learnt.wait(1)  # in vain, if this is that thread
 
     # What the core calls.
 
