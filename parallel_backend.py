@@ -4441,15 +4441,12 @@ def _ray_functions(setup: bytes = b"") -> tuple[Callable[..., Any], ...]:
     def pick(number: int, is_inside: bool) -> Any:
         """What stands in a pickle for a handle, which Ray has to see: it is among the values that
         came with the pickle, by itself if its object is meant, in a list if Ray's own reference is."""
-        value = shelf()[number]
+        value = here()[threading.get_ident()][number]
         return value[0] if is_inside else value
 
-    def shelf(*values: Any) -> Any:
-        """What pick() finds in this thread, after it was put there."""
-        places = here()
-        if values:
-            places[threading.get_ident()] = values[0]
-        return places.get(threading.get_ident())
+    def shelve(values: Sequence[Any] | None) -> None:
+        """Put there what pick() is to find in this thread."""
+        here()[threading.get_ident()] = values
 
     def work(spec: bytes, *values: Any) -> Any:
         """Run a task or a chunk. ``values`` are the objects behind the handles in it."""
@@ -4462,7 +4459,7 @@ def _ray_functions(setup: bytes = b"") -> tuple[Callable[..., Any], ...]:
             return (status, value) if stays else status
 
         if values:
-            shelf(values)
+            shelve(values)
         try:
             if executor not in openers:
                 try:
@@ -4475,7 +4472,7 @@ def _ray_functions(setup: bytes = b"") -> tuple[Callable[..., Any], ...]:
                 return answer(seal(([], reason, 0, 0.0), dumps, []), [], [])
         finally:
             if values:
-                shelf(None)
+                shelve(None)
         del values
 
         def say(word: bytes) -> None:
@@ -4512,10 +4509,10 @@ def _ray_functions(setup: bytes = b"") -> tuple[Callable[..., Any], ...]:
     def fetch(ref: Any) -> Any:
         return importlib.import_module("ray").get(ref)
 
-    return work, pick, shelf, fetch
+    return work, pick, shelve, fetch
 
 
-_ray_work, _ray_pick, _ray_shelf, _ray_fetch = _ray_functions()
+_ray_work, _ray_pick, _ray_shelve, _ray_fetch = _ray_functions()
 
 
 @functools.cache
@@ -5063,11 +5060,11 @@ class _RayEngine(_Engine):
                 failure = _initializer_failed(_unpack(rest[0], "the initializer", 1))
                 self.core.break_down(failure)
                 return [], failure, count, 0.0
-            _ray_shelf(rest[1])
+            _ray_shelve(rest[1])
             try:
                 reply = _opened(data, rest[0], name, count)
             finally:
-                _ray_shelf(None)
+                _ray_shelve(None)
             if self.stays and reply[1] is None:
                 return [_RayHandle(work.message)], *reply[1:]
             return reply
