@@ -4779,16 +4779,13 @@ class _RayEngine(_Engine):
     def by_number(self, values: list[Any]) -> dict[type, Callable[[Any], Any]]:
         """Reducers that leave handles and references out of a pickle, and list them here."""
 
-        def leave_out(number: int, is_inside: bool) -> Any:
-            return _ray_pick, (number, is_inside)
-
         def handle(handle: Any) -> Any:
             values.append(handle.ref)
-            return leave_out(len(values) - 1, False)
+            return _ray_pick, (len(values) - 1, False)
 
         def reference(reference: Any) -> Any:
             values.append([reference])
-            return leave_out(len(values) - 1, True)
+            return _ray_pick, (len(values) - 1, True)
 
         kinds = self.ref_type, self.ray.actor.ActorHandle
         return {_RayHandle: handle, **dict.fromkeys(kinds, reference)}
