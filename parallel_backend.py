@@ -3626,9 +3626,9 @@ def _handles_met() -> Iterator[list[Any]]:
 class _Batch:
     """Calls sent in one message, until each is replied to or, from some one on, taken back."""
 
-    def __init__(self, semaphore: int, works: Sequence[_Work], size: int) -> None:
+    def __init__(self, semaphore: int, works: Sequence[_Work]) -> None:
         self.semaphore = semaphore  # which of the worker's two
-        self.size = size  # bytes
+        self.size = sum(_sizes(works))  # bytes
         self.works = collections.deque(works)  # less those replied to, taken back or stopped
         self.left = len(works)  # calls not replied to, nor said to be taken back; 0: it is over
 
@@ -4013,7 +4013,7 @@ class _LokyEngine(_Engine):
     def record(self, worker: _Worker, works: Sequence[_Work]) -> bytes:
         """Give them a permit each; the message to send. Under ``_engine_lock``."""
         semaphore = 1 - worker.batches[-1].semaphore if worker.batches else 0
-        batch = _Batch(semaphore, works, sum(_sizes(works)))
+        batch = _Batch(semaphore, works)
         permits = worker.process.permits
         for work in works:
             work.seat.batch = batch
