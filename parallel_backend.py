@@ -1479,7 +1479,7 @@ class _Core:
             raise
 
     def check_open(self) -> None:
-        """Raise if no task is taken any more; under ``_lock``."""
+        """Raise if no task is taken any more; else wake who watches over a limit. Under ``_lock``."""
         if self.broken is not None:
             raise self.broken.with_traceback(None)
         if self.stage:
@@ -3172,7 +3172,6 @@ class SequentialParallelBackend(_EngineBackend, backend_name="sequential"):
 
 IDLE_SECONDS = 60  # without news from any worker, after which those without a task end
 
-
 _JOBLIB_IS_QUIET = "ignore::UserWarning:joblib._multiprocessing_helpers"
 """Where there are no semaphores, joblib warns that it "will operate in serial mode"; we do not."""
 
@@ -3568,11 +3567,11 @@ if hasattr(os, "register_at_fork"):
 # --- joblib: the engine -----------------------------------------------------------------------
 #
 # A worker gets its calls in batches, one message each, every batch with a counting semaphore raised
-# to the number of its calls. The worker takes a permit before it begins a call, from the front; the
-# driver takes calls back by taking permits itself, from the end.
+# to the number of its calls.
 #
-# 1. A worker begins a call only with a permit of its batch. It takes them from the front, the driver
-#    from the end, n in all: so no call is both begun and taken back.
+# 1. A worker takes a permit of its batch before it begins a call, from the front; the driver takes calls
+#    back by taking permits itself, from the end. There are as many as calls, so none is both begun and
+#    taken back.
 # 2. Permits are raised before the batch can be read. Two batches may be outstanding, each with a
 #    semaphore of its own; one is used again only when its batch is over: every call is replied to,
 #    or the worker has said that the rest was taken back.
