@@ -5237,15 +5237,12 @@ class _RayEngine(_Engine):
 
     def fail_all(self, reason: BaseException) -> None:
         """The session is gone: what it had, and what is pending, ends with it."""
-        while True:
-            with _engine_lock:
-                works = [*self.lent.values(), *self.core.take_all()]
-                for ref in list(self.lent):
-                    self.forget(ref)
-            if not works:
-                break
-            self.core.end([_lost(work, reason) for work in works])
-        self.core.break_down(reason)  # what waits for a future fails, too
+        with _engine_lock:
+            works = list(self.lent.values())
+            for ref in list(self.lent):
+                self.forget(ref)
+        self.core.end([_lost(work, reason) for work in works])
+        self.core.break_down(reason)
 
 
 def _ray_cause(error: Any) -> BaseException:
