@@ -4701,7 +4701,8 @@ class _RayEngine(_Engine):
         # This and the next are the waiter's own.
         self.is_streaming = False
         self.heard = 0.0  # when the last ones were handled
-        self.more_bells = 0  # than can run: tasks that wait in ray.get() give back their CPUs
+        # Bells beyond as many as can run, for tasks that wait in ray.get() and give back their CPUs.
+        self.more_bells = 0
         self.refused: dict[Any, float] = {}  # when a take_back() found that one had begun
         # The oldest, as many as can run. Ray does not say what runs, but it begins them in order.
         self.front: frozenset[_Work] = frozenset()
@@ -5073,8 +5074,8 @@ class _RayEngine(_Engine):
                     return [], _ray_cause(error), count, 0.0
                 # We have not asked for it: somebody has cancelled its argument, or the task itself.
                 return [], CancelledError(), 0, 0.0
-            # If nothing is to be run again, what had begun is not. One met on its way in says so soon after
-            # it was asked for, and had not begun.
+            # With max_retries=0, one that may have begun is not lent anew. One that was met on its way in had
+            # not: it is interrupted, or its end comes soon after it was asked for.
             if self.retries or is_interrupted or time.monotonic() < refused + 0.25:
                 return None
             failure = _broken(f"Ray lost {name}, or its worker: {error}")
