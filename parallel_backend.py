@@ -961,6 +961,12 @@ def _under_a_lock() -> bool:
     return bool(cast("Any", _lock)._is_owned() or cast("Any", _engine_lock)._is_owned())
 
 
+def _report(message: str, error: BaseException | None = None) -> None:
+    """Log an error in a thread of ours, which is not to end because a handler of the log's raises."""
+    with contextlib.suppress(Exception):
+        _log.critical(message, exc_info=error or True)
+
+
 _RAISING = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGALRM")]
 """The signals whose handlers usually raise: Ctrl-C, a request to end, a time limit."""
 
@@ -1008,9 +1014,9 @@ begun, one that failed included:
 def _name(call: Call | None) -> str:
     """What to call a task in an error."""
     fn: Any = call[0] if call is not None else None
-    while isinstance(fn, functools.partial):
-        fn = fn.func
     try:
+        while isinstance(fn, functools.partial):  # which asks a proxy for its __class__
+            fn = fn.func
         return str(fn.__qualname__)
     except Exception:
         return "a task" if call is None else f"a {type(fn).__name__}"
@@ -1524,23 +1530,23 @@ class _Core:
             return  # it was cancelled
         fn, args, kwargs, _ = call
         place, failure = _PENDING, None
-        for future in (*args, *kwargs.values()):
-            if not isinstance(future, Future) or place is not _PENDING:
-                continue
-            if future.cancelled():
-                place = _CANCELLED
-            elif (failure := future.exception()) is not None:
-                place = _ENDING
-        if place is _PENDING:
-            try:
+        try:  # a future may be anybody's, and answer with an error
+            for future in (*args, *kwargs.values()):
+                if not isinstance(future, Future) or place is not _PENDING:
+                    continue
+                if future.cancelled():
+                    place = _CANCELLED
+                elif (failure := future.exception()) is not None:
+                    place = _ENDING
+            if place is _PENDING:
                 values = [
                     self.engine.given(v) if isinstance(v, Future) else v
                     for v in (*args, *kwargs.values())
                 ]
                 named = dict(zip(kwargs, values[len(args) :]))
                 call = (fn, values[: len(args)], named, None)
-            except BaseException as error:
-                place, failure = _ENDING, error
+        except BaseException as error:
+            place, failure = _ENDING, error
         with _lock:
             if task.place is not _WAITING:
                 return
@@ -1975,9 +1981,9 @@ class ParallelExecutor(Executor):
         core = self._core
         task = (core.engine.future_type or _Task)(core, fn, args, kwargs)
         if args or kwargs:
-            futures = [core.engine.awaited(value) for value in (*args, *kwargs.values())]
-            if any(futures):
-                core.add_waiting(task, list(filter(None, futures)))
+            awaited = map(core.engine.awaited, (*args, *kwargs.values()))
+            if futures := [future for future in awaited if future is not None]:
+                core.add_waiting(task, futures)
                 return task
         core.add(task)
         return task
@@ -2200,7 +2206,11 @@ def _worker_functions() -> tuple[Callable[..., Any], ...]:
 
     def said(error: BaseException) -> str:
         """Type, message and notes of an exception, even of one whose __str__ fails."""
-        return "; ".join(map(str.strip, traceback.format_exception_only(type(error), error)))
+        try:
+            lines = traceback.format_exception_only(type(error), error)
+        except Exception:  # a SyntaxError whose text is none, say
+            return type(error).__name__
+        return "; ".join(map(str.strip, lines))
 
     def pack(error: BaseException | None, dumps: Callable[..., bytes]) -> tuple[bytes, str] | None:
         """An exception's pickle and its traceback's text; if it can't be pickled, an error's that says so."""
@@ -2631,7 +2641,8 @@ def _traced(error: BaseException, text: str) -> BaseException:
     """An exception with the worker's traceback as its cause."""
     from concurrent.futures.process import _RemoteTraceback  # private, but what users' tools know
 
-    text = _FRAME.sub(_with_source, text)
+    with contextlib.suppress(Exception):  # what looks like a frame may be part of a message
+        text = _FRAME.sub(_with_source, text)
     return _caused(error, _RemoteTraceback(cast("Any", f'\n"""\n{text}"""')))
 
 
@@ -2646,8 +2657,10 @@ def _with_source(place: re.Match[str]) -> str:
 
 
 def _caused(error: BaseException, cause: BaseException) -> BaseException:
-    # Not by assignment, which an exception may refuse: one that is a frozen dataclass, say.
-    object.__setattr__(error, "__cause__", cause)
+    # Not by assignment, which an exception may refuse: one that is a frozen dataclass, say. One whose
+    # class has a property of that name goes without.
+    with contextlib.suppress(Exception):
+        object.__setattr__(error, "__cause__", cause)
     return error
 
 
@@ -2797,12 +2810,15 @@ class _Calls:
 
     def find(self, parts: Iterable[tuple[str, Any]], whole: str, depth: int) -> str:
         """The name of the innermost of them that can't be pickled; empty if each can."""
-        for name, value in islice(parts, 1000):
-            try:
-                self.dumps(value)
-            except Exception:
-                place = f"{name} of {whole}" if name else whole
-                return (self.find(_parts(value), place, depth - 1) if depth else "") or place
+        # To look for it runs more of the user's code, which may raise what it likes; but the task's error
+        # is to be told, and the thread that tells it is an engine's.
+        with contextlib.suppress(BaseException):
+            for name, value in islice(parts, 1000):
+                try:
+                    self.dumps(value)
+                except BaseException:
+                    place = f"{name} of {whole}" if name else whole
+                    return (self.find(_parts(value), place, depth - 1) if depth else "") or place
         return ""
 
 
@@ -2983,7 +2999,7 @@ class _OverEngine(_Engine):
                 self.lend()
             except Exception:
                 # Of ours, or the executor's. A thread that ends would leave all waiting.
-                _log.critical("Exception in the thread over an executor", exc_info=True)
+                _report("Exception in the thread over an executor")
             self.core.settle()
             del news
 
@@ -3005,10 +3021,16 @@ class _OverEngine(_Engine):
 
     def reply(self, work: _Work, inner: Future[Any]) -> Reply | None:
         """What became of it; None if it was cancelled."""
-        if inner.cancelled():
-            return None
-        error = inner.exception()
-        return cast("Reply", inner.result()) if error is None else self.not_run(work, error)
+        try:
+            if inner.cancelled():
+                return None
+            error = inner.exception()
+            if error is None:
+                values, failure, begun, seconds = inner.result()
+                return values, failure, begun, seconds
+        except BaseException as raised:  # by the future itself, or it is no reply
+            error = raised
+        return self.not_run(work, error)
 
     @staticmethod
     def not_run(work: _Work, error: BaseException) -> Reply:
@@ -3821,7 +3843,7 @@ class _LokyEngine(_Engine):
                     self.once()
                 except Exception:
                     # Of ours. A thread that ends would leave all waiting.
-                    _log.critical("Exception in the reader of an executor", exc_info=True)
+                    _report("Exception in the reader of an executor")
         finally:
             self.part()
 
@@ -3930,8 +3952,8 @@ class _LokyEngine(_Engine):
                 core.put_back(other.take_back())
         count = min(room, _BATCH, 1 + core.waiting() // there)
         works = core.take(count)
-        if is_dry and not works and self.take_from_fullest():
-            works = core.take(count)
+        while is_dry and not works and self.take_from_fullest():
+            works = core.take(count)  # none, if just those are being cancelled
         for work in works:
             work.seat = _Seat(worker)
         if is_dry:
@@ -4102,7 +4124,10 @@ class _LokyEngine(_Engine):
         pace = self.pace
         for work, reply in ended:
             if isinstance(reply, bytes):
-                reply = _opened(reply, (), _name(work.call), _count(work.call))
+                try:
+                    reply = _opened(reply, (), _name(work.call), _count(work.call))
+                except BaseException as error:  # of the user's code: it is to cost no other task
+                    reply = _lost(work, error)[1]
             pace = (pace + reply[3]) / 2
             outcomes.append((work, reply))
         self.pace = max(pace, 1e-6)
@@ -4942,7 +4967,7 @@ class _RayEngine(_Engine):
                 else:
                     # Of ours, or a cluster that can't be asked just now. A thread that ends would
                     # leave all waiting.
-                    _log.critical("Exception in the waiter of an executor", exc_info=True)
+                    _report("Exception in the waiter of an executor")
             self.core.settle()
 
     def rest(self) -> set[Any]:
