@@ -971,29 +971,91 @@ _RAISING = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGAL
 """The signals whose handlers usually raise: Ctrl-C, a request to end, a time limit."""
 
 
-@contextlib.contextmanager
-def _later_signals() -> Iterator[None]:
-    """Put signals that come in here off until it is left. If a handler raised while a task goes from one
-    place to the next, the task would be in neither, and shutdown() would wait for it for ever."""
-    handlers: dict[Any, Any] = {}
-    came: list[Any] = []
+class _LaterSignals:
+    """A ``with`` block in which signals are put off until it is left, in the main thread, the only one that
+    handles any. If a handler raised while a task goes from one place to the next, the task would be in
+    neither, and shutdown() would wait for it for ever.
 
-    def replay() -> None:
-        with contextlib.ExitStack() as each:
-            for number, frame in reversed(came):
-                each.callback(handlers[number], number, frame)
+    So all that moves tasks is in one of these, from where the user has called until it returns. Only code of
+    the user's inside of it, which may take its time and knows what to do with a Ctrl-C, is in a
+    :class:`_SignalsNow`. (submit() does without, for its speed: it puts right what was interrupted.)
+    """
 
-    # A stack goes on where one of its callbacks raises: each handler is put back, even if the first of
-    # them is called, and raises, before the second one is.
-    with contextlib.ExitStack() as stack:
-        stack.callback(replay)
-        if threading.current_thread() is threading.main_thread():  # in any other, none are handled
-            for number in filter(None, _RAISING):
-                if callable(handler := signal.getsignal(number)):
-                    handlers[number] = handler
-                    stack.callback(signal.signal, number, handler)
-                    signal.signal(number, lambda *signal_and_frame: came.append(signal_and_frame))
-        yield
+    # Classes and not generators: a handler may raise before the block is entered. A generator would then
+    # rest where it is, and go on whenever it is dropped.
+
+    now: ClassVar[_LaterSignals | None] = None  # the outermost one, while it puts signals off
+
+    def __init__(self) -> None:
+        self.handlers: dict[int, Any] = {}  # the program's, in whose place is later()
+        self.came: list[tuple[int, Any]] = []
+        self.is_outermost = False
+
+    def __enter__(self) -> None:
+        if _LaterSignals.now is None and threading.current_thread() is threading.main_thread():
+            self.is_outermost = True
+            try:
+                self.begin()
+            except BaseException:
+                self.end()
+                raise
+
+    def __exit__(self, *_: object) -> None:
+        if self.is_outermost:
+            self.end()
+
+    def begin(self) -> None:
+        for number in filter(None, _RAISING):
+            handler = signal.getsignal(number)
+            if callable(handler) and handler != self.later:
+                self.handlers[number] = handler
+                try:
+                    signal.signal(number, self.later)
+                except ValueError:  # in a subinterpreter, whose main thread handles none
+                    self.handlers.clear()
+                    break
+        _LaterSignals.now = self
+
+    def later(self, number: int, frame: Any) -> None:
+        if _LaterSignals.now is self:
+            self.came.append((number, frame))
+        else:  # two in a row have kept end() from putting this one back
+            signal.signal(number, self.handlers[number])
+            self.handlers[number](number, frame)
+
+    def end(self) -> None:
+        try:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+        except BaseException:  # one of those put back was called at once, and has raised
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+            raise
+        finally:
+            _LaterSignals.now = None
+            came, self.came = self.came, []
+            with contextlib.ExitStack() as stack:  # which goes on where one of its callbacks raises
+                for number, frame in reversed(came):
+                    stack.callback(self.handlers[number], number, frame)
+
+
+class _SignalsNow:
+    """Around code of the user's inside of _LaterSignals: signals are handled, those that have come first."""
+
+    def __enter__(self) -> None:
+        self.outer = _LaterSignals.now
+        if self.outer is not None and threading.current_thread() is threading.main_thread():
+            try:
+                self.outer.end()
+            except BaseException:
+                self.outer.begin()
+                raise
+        else:
+            self.outer = None
+
+    def __exit__(self, *_: object) -> None:
+        if self.outer is not None:
+            self.outer.begin()
 
 
 Call = tuple["Callable[..., Any]", Any, Any, "float | None"]
@@ -1095,7 +1157,8 @@ class _Engine(abc.ABC):
 
     @abc.abstractmethod
     def take_back(self, works: list[_Work]) -> None:
-        """``put_back()`` those of them that have not begun. Called from any thread, as is stop()."""
+        """``put_back()`` those of them that have not begun. Called from any thread, as is stop(). The
+        core settles afterwards: a callback that exits in here would keep the rest from coming back."""
 
     def running(self, work: _Work) -> bool:
         """Whether a worker has begun it; without a lock, and of any that was lent at some time."""
@@ -1160,11 +1223,11 @@ class _Work:
     message: Any = None  # the engine's own, too
 
     def finish(self, reply: Reply) -> None:
-        """Tell whoever waits for it what became of it. May be called once more, if it was interrupted."""
+        """Tell whoever waits for it what became of it."""
         raise NotImplementedError
 
     def finish_cancelled(self, reason: str) -> None:
-        """Tell that it was cancelled, and why, if it does not know. Likewise."""
+        """Tell that it was cancelled, and why, if it does not know. Two threads may do so at once."""
         raise NotImplementedError
 
 
@@ -1226,13 +1289,17 @@ class _Task(_Work, Future[Any]):
         # Future's own stops at the first one that exits or is interrupted. Those after it, asyncio's say,
         # would never be called, and whoever waits for them would wait for ever.
         raised = None
-        for callback in cast("Any", self)._done_callbacks:  # private, as above
+        callbacks = collections.deque(cast("Any", self)._done_callbacks)  # private, as above
+        while callbacks:
             try:
-                callback(self)
+                with _SignalsNow():
+                    # In here: if a signal comes first, and raises, it is still to be called.
+                    callbacks.popleft()(self)
             except Exception:
-                logging.getLogger("concurrent.futures").exception(
-                    "exception calling callback for %r", self
-                )
+                with contextlib.suppress(Exception):  # as in _report()
+                    logging.getLogger("concurrent.futures").exception(
+                        "exception calling callback for %r", self
+                    )
             except BaseException as error:
                 raised = raised or error
         if raised is not None:
@@ -1240,8 +1307,6 @@ class _Task(_Work, Future[Any]):
 
     def finish(self, reply: Reply) -> None:
         values, failure, _, _ = reply
-        if self.done():
-            return  # this is end()'s second try, and the first was interrupted after it
         if failure is None:
             self.set_result(values[0])
         else:
@@ -1249,11 +1314,13 @@ class _Task(_Work, Future[Any]):
 
     def finish_cancelled(self, reason: str) -> None:
         self.reason = self.reason or reason
-        super().cancel()  # which runs the callbacks; a second time it does nothing
-        with self._condition:
-            if self._state == "CANCELLED":
-                # Tells wait() and as_completed(), which otherwise hear of it from a worker only.
-                self.set_running_or_notify_cancel()
+        try:
+            super().cancel()  # which runs the callbacks; in a second thread it does nothing
+        finally:
+            with self._condition:
+                if self._state == "CANCELLED":
+                    # Tells wait() and as_completed(), which otherwise hear of it from a worker only.
+                    self.set_running_or_notify_cancel()
 
 
 class _Chunk(_Work):
@@ -1344,16 +1411,13 @@ class _Map:
         return gone
 
     def tell(self, start: int, values: list[Any], failure: BaseException | None) -> None:
-        with self.changed:
+        with _lock:
             self.outcomes[start] = (values, failure)
             self.changed.notify_all()
 
     def finish(self, chunk: _Chunk, reply: Reply) -> None:
         values, failure, begun, seconds = reply
-        call = chunk.call
-        if call is None:
-            return  # this is end()'s second try, and the first was interrupted after it
-        items, size = call[1], 1
+        items, size = cast("Call", chunk.call)[1], 1
         if begun:
             each = seconds / begun
             if seconds:  # none is known of a lost worker
@@ -1478,9 +1542,15 @@ class _Core:
             if hungry:
                 self.engine.feed()
         except BaseException:
-            if isinstance(new, _Task) and new.place is _PENDING:
-                with _lock:
-                    self.works.discard(new)  # a Ctrl-C: nobody gets its future, so it is not to run
+            with _lock:
+                if isinstance(new, _Map):  # a Ctrl-C: perhaps one of the counts knows of the block
+                    new.left = sum(map(len, new.blocks))
+                    maps = [each for each in self.pending if isinstance(each, _Map)]
+                    self.uncut = sum(each.left for each in maps)
+                elif new.place is _PENDING:
+                    # Nobody gets its future, so it is not to run: take() passes it over.
+                    new.place = _DONE
+                    self.works.discard(new)
             self.hungry = True  # feed() may not have been called: the next add() does it
             raise
 
@@ -1511,17 +1581,19 @@ class _Core:
             with _lock:
                 task.place = _DONE  # a Ctrl-C: nobody gets its future, and release() passes it over
                 self.works.discard(task)
+            self.hungry = True  # release() may not have called feed(), as in add()
             raise
 
     def arrive(self, task: _Task, _: Future[Any]) -> None:
         """A future among its arguments is done: this is a callback, in whichever thread tells it."""
-        with _lock:
-            task.awaits -= 1
-            is_last = not task.awaits
-        # Not released in here, in a callback of the future: its release may end it, whose callback
-        # releases a third one, and a chain of some hundred would reach Python's limit of recursion.
-        if is_last:
-            self.defer(functools.partial(self.release, task))
+        with _LaterSignals():
+            with _lock:
+                task.awaits -= 1
+                is_last = not task.awaits
+            # Not released in here, in a callback of the future: its release may end it, whose callback
+            # releases a third one, and a chain of some hundred would reach Python's limit of recursion.
+            if is_last:
+                self.defer(functools.partial(self.release, task))
 
     def release(self, task: _Task) -> None:
         """All futures among its arguments are done: it takes their values, or ends as they did."""
@@ -1570,8 +1642,8 @@ class _Core:
         if _under_a_lock():
             self.defer(functools.partial(self.withdraw, works, stop, reason))
             return
-        try:
-            with _later_signals():
+        with _LaterSignals():
+            try:
                 with _lock:
                     for work in works:
                         if work.place in _UNLENT:
@@ -1589,9 +1661,9 @@ class _Core:
                             work.unwanted -= 1
                             if work.place is _LENT:
                                 work.reason = ""  # it goes on, and may be cancelled for another
-        finally:
-            self.tell_cancelled(works)  # also if a signal that was put off raises now
-            self.settle()
+            finally:
+                self.tell_cancelled(works)
+                self.settle()
 
     def recall(self, lent: Sequence[_Work], stop: bool) -> None:
         """Have back of these what waits at the engine and, if ``stop``, stop what runs there."""
@@ -1622,8 +1694,8 @@ class _Core:
         if _under_a_lock():
             self.defer(functools.partial(self.shutdown, False, policy))
             return
-        try:
-            with _later_signals():
+        with _LaterSignals():
+            try:
                 dropped: list[Any] = []
                 with _lock:
                     if policy is None:
@@ -1645,15 +1717,15 @@ class _Core:
                 if discards or stops:
                     self.recall(lent, stops)
                 del dropped, lent
-        finally:
-            # Last, since their callbacks may take their time; also if a signal that was put off raises.
-            with _lock:
-                works = [*self.works]
-            self.tell_cancelled(works)
-            del works
-            self.settle()
-        self.engine.feed()  # a Ctrl-C in add() may have come before it
-        self.close_if_over()
+            finally:
+                # Last, since their callbacks may take their time.
+                with _lock:
+                    works = [*self.works]
+                self.tell_cancelled(works)
+                del works
+                self.settle()
+                self.engine.feed()  # a Ctrl-C in add() may have come before it
+                self.close_if_over()
         if not wait or self.engine.inside() or threading.get_ident() in self.telling:
             return
         try:
@@ -1822,26 +1894,24 @@ class _Core:
         thread = threading.get_ident()
         if thread in self.settling:
             return  # we are in one of those below: it goes on when this is over
-        self.settling.add(thread)
-        calls: list[Callable[[], Any]] = []
-        works: list[_Work] = []
-        try:
+        raised: BaseException | None = None
+        with _LaterSignals():
+            self.settling.add(thread)
             while self.untold or self.dropped or self.deferred:
-                with _later_signals():  # lest one be in neither list
-                    calls += _emptied(self.deferred)
-                    works += _emptied(self.untold)
                 _emptied(self.dropped)
+                calls = _emptied(self.deferred)
+                calls.append(functools.partial(self.tell_cancelled, _emptied(self.untold)))
                 while calls:
-                    calls[0]()
+                    try:
+                        calls[0]()
+                    except Exception:  # of ours, or an engine's: put back, it would raise for ever
+                        _report("Exception in what was put off")
+                    except BaseException as error:  # has left a callback, when all were called
+                        raised = raised or error
                     del calls[0]
-                self.tell_cancelled(works)
-                works.clear()
-        finally:
             self.settling.discard(thread)
-            if calls or works:  # it was interrupted: another thread goes on, or the next settle()
-                self.deferred.extend(calls)
-                self.untold.extend(works)
-                self.engine.feed()
+            if raised is not None:
+                raise raised
 
     # Between the two.
 
@@ -1858,38 +1928,28 @@ class _Core:
 
     def tell(self, outcomes: Sequence[tuple[_Work, Reply | None]]) -> None:
         """Tell futures and maps what became of their tasks; None: they are cancelled."""
+        # In the main thread signals are put off here, as everywhere where tasks move. So nothing raises but
+        # a callback that leaves by sys.exit(), or in which a Ctrl-C came.
         raised = None
         thread = threading.get_ident()
         self.telling[thread] += 1
-        rest = collections.deque(outcomes)
-        is_second_try = False
-        try:
-            while rest:
-                try:
-                    while rest:
-                        self.tell_one(*rest[0])
-                        rest.popleft()
-                        is_second_try = False
-                except BaseException as error:
-                    # A callback has left by sys.exit(), or a Ctrl-C came. Once more, and then the others:
-                    # what is set stays so, and what is not, is set now.
-                    # In the main thread it goes on when all are told; in any other, an engine's, it must
-                    # not end the thread.
-                    if threading.current_thread() is threading.main_thread():
-                        raised = raised or error
-                    else:
-                        _log.critical("Exception in a callback of a task", exc_info=error)
-                    if is_second_try:
-                        rest.popleft()
-                    is_second_try = not is_second_try
-        finally:
-            self.telling[thread] -= 1
-            if not self.telling[thread]:
-                del self.telling[thread]
-            with _lock:
-                for work, _ in outcomes:
-                    work.place = _DONE
-                self.works.difference_update([work for work, _ in outcomes])
+        for work, reply in outcomes:
+            try:
+                self.tell_one(work, reply)
+            except BaseException as error:
+                # In the main thread it goes on when all are told; in any other, an engine's, it must not
+                # end the thread.
+                if threading.current_thread() is threading.main_thread():
+                    raised = raised or error
+                else:
+                    _report("Exception in a callback of a task", error)
+        self.telling[thread] -= 1
+        if not self.telling[thread]:
+            del self.telling[thread]
+        with _lock:
+            for work, _ in outcomes:
+                work.place = _DONE
+            self.works.difference_update([work for work, _ in outcomes])
         if self.stage:
             self.close_if_over()
         if raised is not None:
@@ -1897,13 +1957,15 @@ class _Core:
 
     def tell_one(self, work: _Work, reply: Reply | None) -> None:
         call, message = work.call, work.message
-        if reply is None:
-            work.finish_cancelled(self.ending)
-        else:
-            work.finish(reply)
-        # Here, and not in the caller, so that nobody holds them while the next one's callbacks run.
-        work.core = work.call = work.message = None
-        del call, message
+        try:
+            if reply is None:
+                work.finish_cancelled(self.ending)
+            else:
+                work.finish(reply)
+        finally:
+            # Here, and not in the caller, so that nobody holds them while the next one's callbacks run.
+            work.core = work.call = work.message = None
+            del call, message
 
     def tell_cancelled(self, works: Iterable[_Work]) -> None:
         self.tell([(work, None) for work in works if work.place is _CANCELLED])
@@ -1914,7 +1976,8 @@ class _Core:
                 return
             self.stage = _Stage.CLOSING
         try:
-            self.engine.close()
+            with _SignalsNow():
+                self.engine.close()
         finally:
             with _lock:
                 self.stage = _Stage.CLOSED
@@ -2892,7 +2955,6 @@ class _InlineEngine(_Engine):
         # Held by the thread that runs tasks. Reentrant, for a task may submit another, and wait for it.
         self.turn = threading.RLock()
         self.depth = 0  # of tasks in tasks; under turn
-        self.is_broken_off = False  # the last run_all() did not come to its end; under turn
 
     def feed(self) -> None:
         core = self.core
@@ -2902,29 +2964,32 @@ class _InlineEngine(_Engine):
             with contextlib.suppress(RuntimeError):
                 _thread.start_new_thread(core.settle, ())
             return
-        # If nothing is pending, don't wait for the turn: the thread that has it settles when it is out.
-        if not self.turn.acquire(blocking=bool(core.pending)):
-            return
-        try:
-            self.run_all()
-        finally:
-            self.turn.release()
-            core.settle()
+        with _LaterSignals():
+            if not self.turn.acquire(blocking=False):
+                if not core.pending:
+                    return  # the thread that has the turn settles when it is out
+                try:
+                    with _SignalsNow():
+                        self.turn.acquire()
+                except BaseException:
+                    if cast("Any", self.turn)._is_owned():  # private, as in _under_a_lock()
+                        self.turn.release()
+                    raise
+            try:
+                self.run_all()
+            finally:
+                self.turn.release()
+                core.settle()
 
     def run_all(self) -> None:
         core = self.core
-        depth = self.depth
-        if not depth and self.is_broken_off:
-            # What is lent now, a Ctrl-C has taken out of the hands of the thread that ran it.
-            lost = [work for work in [*core.works] if work.place is _LENT]
-            core.end([(work, ([], KeyboardInterrupt(), 1, 0.0)) for work in lost])
-        self.is_broken_off = True
+        self.depth += 1
         try:
-            self.depth = depth + 1
             if self.setup is not None and core.pending:
                 (initializer, args), self.setup = self.setup, None
                 try:
-                    initializer(*args)
+                    with _SignalsNow():
+                        initializer(*args)
                 except KeyboardInterrupt:
                     self.setup = initializer, args  # it is still to be done
                     raise
@@ -2933,18 +2998,27 @@ class _InlineEngine(_Engine):
             while taken := core.take(1):
                 core.ask()  # so that feed() comes for a task that this one submits
                 self.run(taken.pop())
-            self.is_broken_off = depth > 0
         finally:
-            self.depth = depth
+            self.depth -= 1
 
     def run(self, work: _Work) -> None:
         call = work.call
         assert call is not None  # nobody takes back what this has been lent
-        reply = cast("Reply", _run(*call))
-        del call
-        self.core.end([(work, reply)])
+        reply: Reply | None = None
+        interrupt: BaseException | None = None
+        try:
+            with _SignalsNow():
+                reply = cast("Reply", _run(*call))
+        except BaseException as error:  # a signal has come just before it, or after it
+            reply, interrupt = reply or ([], error, _count(call), 0.0), error
         if isinstance(reply[1], KeyboardInterrupt):
-            raise reply[1]  # of a task in this thread, but meant for the program
+            interrupt = reply[1]
+        del call
+        try:
+            self.core.end([(work, reply)])
+        finally:
+            if interrupt is not None:
+                raise interrupt  # of a task in this thread, but meant for the program
 
     def take_back(self, works: list[_Work]) -> None:
         pass  # it has none that does not run
@@ -3051,12 +3125,12 @@ class _OverEngine(_Engine):
                 inner = None
                 try:
                     inner = self.executor.submit(_portable_run, *cast("Call", work.call))
-                    with self.moved:
+                    with _engine_lock:
                         self.inner[work] = inner
                         self.moved.notify_all()
                     inner.add_done_callback(functools.partial(self.note, work))
                 except BaseException as error:
-                    with self.moved:
+                    with _engine_lock:
                         if self.inner.get(work) is inner:  # else it is put back already
                             del self.inner[work]
                             failed.append((work, self.not_run(work, error)))
@@ -3070,12 +3144,13 @@ class _OverEngine(_Engine):
 
     def take_back(self, works: list[_Work]) -> None:
         for work in works:
-            with self.moved:
+            with _engine_lock:
                 # While it is submitted, there is no future yet by which it can be asked back.
                 while not self.inside() and (
                     self.inner.get(work, work) is None or work in self.asked
                 ):
-                    self.moved.wait()
+                    with _SignalsNow():  # an executor's submit() may take as long as it likes
+                        self.moved.wait()
                 inner = self.inner.get(work)
                 if inner is None:
                     continue
@@ -3085,8 +3160,10 @@ class _OverEngine(_Engine):
                 # Under no lock of ours: it takes one of the executor's, and whoever holds that may
                 # be in a __del__ that waits for ours.
                 is_back = inner.cancel()
+            except Exception:
+                _log.warning("Could not cancel %r", inner, exc_info=True)
             finally:
-                with self.moved:
+                with _engine_lock:
                     self.asked.discard(work)
                     if is_back and self.inner.get(work) is inner:
                         del self.inner[work]
@@ -3094,7 +3171,6 @@ class _OverEngine(_Engine):
                     self.moved.notify_all()
                 if not is_back and inner.done():
                     self.note(work, inner)  # its end may have been passed over meanwhile
-        self.core.settle()
         self.feed()
 
     def running(self, work: _Work) -> bool:
@@ -3781,7 +3857,6 @@ class _LokyEngine(_Engine):
                     self.core.put_back([work])
                 elif not worker.doomed and not self.running(work):
                     self.core.put_back(worker.take_back(down_to=work))
-        self.core.settle()
         if self.core.pending:
             self.feed()
 
@@ -4822,10 +4897,11 @@ class _RayEngine(_Engine):
             refs: list[Any] = []
             taken: set[Any] = set()
             try:
-                with self.handed_on:
+                with _engine_lock:
                     some = works[start : start + 500]
                     while not self.inside() and not self.closing and self.are_in_hand(some):
-                        self.handed_on.wait()
+                        with _SignalsNow():  # the waiter may pickle something that takes long
+                            self.handed_on.wait()
                     for work in some:
                         ref = work.seat
                         if self.lent.get(ref) is work and ref not in self.asked:
@@ -4834,7 +4910,6 @@ class _RayEngine(_Engine):
                 taken = self.cancelled_in_time(refs) if refs else set()
             finally:
                 self.give_back(refs, taken)
-        self.core.settle()
         self.feed()
 
     def are_in_hand(self, works: list[_Work]) -> bool:
@@ -4853,7 +4928,7 @@ class _RayEngine(_Engine):
         return {ref for ref in ready if self.was_never_begun(ref)}
 
     def give_back(self, refs: list[Any], taken: set[Any]) -> None:
-        with self.handed_on:
+        with _engine_lock:
             self.asked.difference_update(refs)
             self.handed_on.notify_all()
             refs = [ref for ref in refs if ref in self.lent]  # less those stopped meanwhile
@@ -4909,9 +4984,10 @@ class _RayEngine(_Engine):
     def stop(self, work: _Work) -> None:
         if isinstance(work.verdict, TimeoutError) and self.has_ended(work.seat):
             return  # in time, but it was not heard of yet
-        with self.handed_on:
+        with _engine_lock:
             while work in self.in_hand and not self.inside():
-                self.handed_on.wait()
+                with _SignalsNow():
+                    self.handed_on.wait()
             ref = work.seat
             if self.lent.get(ref) is not work:
                 return
@@ -5058,12 +5134,12 @@ class _RayEngine(_Engine):
             if reply is None:
                 again.append(work)
             elif isinstance(reply[1], CancelledError) and not reply[2]:
-                with self.handed_on:
+                with _engine_lock:
                     self.in_hand.discard(work)
                     self.core.stopped(work)
             else:
                 outcomes.append((work, reply))
-        with self.handed_on:
+        with _engine_lock:
             self.in_hand.difference_update([work for work, _ in outcomes], again)
             self.core.put_back(again)
             self.handed_on.notify_all()
@@ -5151,7 +5227,7 @@ class _RayEngine(_Engine):
             failed: list[tuple[_Work, Reply]] = []
             while works:
                 if self.core.stage >= _Stage.DISCARDING:  # nobody is to wait for their pickling
-                    with self.handed_on:
+                    with _engine_lock:
                         self.in_hand.difference_update(works)
                         self.core.put_back(works)
                         self.handed_on.notify_all()
@@ -5185,7 +5261,7 @@ class _RayEngine(_Engine):
             ref, work.message = made if self.stays else (made, number)
         except BaseException as error:
             failure = error
-        with self.handed_on:
+        with _engine_lock:
             self.in_hand.discard(work)
             self.handed_on.notify_all()
             if ref is not None:

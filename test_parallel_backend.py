@@ -4989,7 +4989,7 @@ def test_signals_put_off_are_all_handled(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(signal, "signal", put_back_and_meet_another)
     try:
-        with pytest.raises(InterruptedError), pb._later_signals():
+        with pytest.raises(InterruptedError), pb._LaterSignals():
             for number in numbers:
                 signal.raise_signal(number)
             assert seen == []
