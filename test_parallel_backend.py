@@ -2858,15 +2858,16 @@ def test_five_killed_workers_in_300_tasks(engine: Backend, tmp_path: Path) -> No
     assert len(runs) - len(set(runs)) <= (5 if are_retried else 0), "tasks ran twice"
 
 
-NODE_REMOVED = """
+NODES = """
     import sys, time
     from pathlib import Path
     from ray.cluster_utils import Cluster
     import parallel_backend as pb
 
     folder = Path(sys.argv[1])
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    small = {"num_cpus": 1, "object_store_memory": 80_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args=small)
+    nodes = [cluster.add_node(**small) for _ in range(2)]
     cluster.wait_for_nodes()
     import ray
     ray.init(cluster.address, logging_level="ERROR", log_to_driver=False)
@@ -2879,6 +2880,11 @@ NODE_REMOVED = """
         return n
 
     with backend.executor(cancel_futures=False) as executor:
+        try:
+            print(executor.submit(len, bytes(200_000_000)).result(50))
+        except Exception as error:
+            print("error:", type(error).__name__, error)
+        assert executor.submit(len, b"123").result(50) == 3
         futures = [executor.submit(work, n) for n in range(40)]
         # Not the one to which this driver is connected, which may be any.
         here = ray.get_runtime_context().get_node_id()
@@ -2896,10 +2902,11 @@ NODE_REMOVED = """
 
 
 @pytest.mark.timeout(120)
-def test_ray_node_removed_while_40_tasks_run(tmp_path: Path) -> None:
+def test_ray_argument_larger_than_a_store_and_node_removed(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    done = run_script(NODE_REMOVED, str(tmp_path), timeout=110, env={"RAY_ADDRESS": ""})
+    done = run_script(NODES, str(tmp_path), timeout=110, env={"RAY_ADDRESS": ""})
     assert "ok\n" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.startswith(("200000000", "error:")), done.stdout
 
 
 def test_a_traceback_shows_the_line_of_main_that_failed(engine: Backend, tmp_path: Path) -> None:
@@ -5253,28 +5260,6 @@ def test_ray_cancel_in_rays_own_thread(on_ray: Backend, tmp_path: Path) -> None:
         assert over.wait(LONG)
         assert answers == [True] and waiting.cancelled()
         open_gate(tmp_path)
-
-
-TOO_LARGE = """
-    import ray, os
-    import parallel_backend as pb
-    ray.init("local", num_cpus=1, object_store_memory=80_000_000, logging_level="ERROR",
-             log_to_driver=False, include_dashboard=False)
-    with pb.init_parallel_backend("ray").executor(1) as executor:
-        try:
-            print(executor.submit(len, bytes(200_000_000)).result(50))
-        except Exception as error:
-            print("error:", type(error).__name__, error)
-        assert executor.submit(len, b"123").result(50) == 3
-"""
-
-
-@pytest.mark.timeout(90)
-def test_argument_larger_than_rays_object_store() -> None:
-    pytest.importorskip("ray")
-    done = run_script(TOO_LARGE, timeout=80)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(("200000000", "error:")), done.stdout
 
 
 RAY_SHUT_DOWN = """
