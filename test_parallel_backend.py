@@ -5080,54 +5080,50 @@ def test_ray_is_started_for_who_has_not(monkeypatch: Any) -> None:
     )
 
 
-def test_a_driver_by_ray_client(tmp_path: Path) -> None:
+def test_a_driver_by_ray_client(ray_cluster: Any, tmp_path: Path) -> None:
     """Its references have no I/O thread behind them: a call to Ray in their callbacks never returns."""
     pytest.importorskip("grpc")
-    quiet = {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "local"}
     server = """
         import ray, sys
-        ray.init("local", num_cpus=2, log_to_driver=False, include_dashboard=False)
-        server = next(filter(None, (try_at(port) for port in range(50100, 50200))))
-        sys.stdin.read()
-    """
-    tries = """
-        def try_at(port):
-            from ray.util.client.server.server import serve
+        from ray.util.client.server.server import serve
+        ray.init(log_to_driver=False)
+        for port in range(50100, 50200):
             try:
                 server = serve("127.0.0.1", port)
             except RuntimeError:  # it is taken
-                return None
+                continue
             print(port, flush=True)
-            return server
+            sys.stdin.read()
+            break
     """
     driver = """
-        import ray, sys, time, parallel_backend as pb
-        ray.init(f"ray://127.0.0.1:{sys.argv[1]}")
+        import os, ray, sys, time, parallel_backend as pb
+        port, begun = sys.argv[1:]
+        ray.init(f"ray://127.0.0.1:{port}")
         backend = pb.init_parallel_backend("ray")
+        def work():
+            open(begun, "a").close()
+            time.sleep(600)
         with backend.executor(2, task_timeout=20) as executor:
             handle = backend.put([1, 2])
             print(executor.submit(len, handle).result(30), sum(executor.map(abs, range(100))))
             print(type(executor.submit(divmod, 1, 0).exception(30)).__name__)
             print(executor.submit(abs, backend.wrap(pow)(-2, 3)).result(30))
-        with backend.executor(2, cancel_futures=pb.CancellationPolicy.ALL) as executor:
-            futures = [executor.submit(time.sleep, 600) for _ in range(6)]
-            time.sleep(1)
-            print(futures[-1].cancel())
+        with backend.executor(cancel_futures=pb.CancellationPolicy.ALL) as executor:
+            futures = [executor.submit(work) for _ in range(6)]
+            while not os.path.exists(begun):
+                time.sleep(0.01)
+            print(futures[-1].cancel())  # which has been lent
         print([future.cancelled() for future in futures])
     """
-    script = textwrap.dedent(tries) + textwrap.dedent(server)
-    with subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, **quiet},
-    ) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    env = {**os.environ, **ray_address()}
+    command = [sys.executable, "-c", textwrap.dedent(server)]
+    with subprocess.Popen(command, text=True, env=env, **pipes) as process:
         assert process.stdin is not None and process.stdout is not None
         try:
             port = next(line for line in process.stdout if line.strip().isdigit()).strip()
-            done = run_script(driver, port, env={**quiet, "RAY_ADDRESS": ""})
+            done = run_script(driver, port, str(tmp_path / "begun"), env={"RAY_ADDRESS": ""})
             expected = "2 4950 ZeroDivisionError 8 True [True, True, True, True, True, True]"
             assert done.stdout.split() == expected.split(), done.stderr
         finally:
