@@ -16,7 +16,6 @@ import gc
 import inspect
 import itertools
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -346,9 +345,13 @@ def run(
 
 
 def run_script(
-    code: str, *arguments: str, env: dict[str, str] | None = None, **kwargs: Any
+    code: str, *arguments: str, file: Path | None = None, env: Any = None, **kwargs: Any
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
+    """By -c, or from that file: where processes are spawned, and tracebacks show lines."""
+    code = textwrap.dedent(code)
+    if file:
+        file.write_text(code)
+    command = [sys.executable, *([file] if file else ["-c", code]), *arguments]
     return run(command, env={"PYTHONPATH": str(HERE), **(env or {})}, **kwargs)
 
 
@@ -656,20 +659,6 @@ def test_readme_is_short_and_complete() -> None:
     assert pb.__version__ in README
 
 
-def check_with_mypy(folder, *arguments):
-    pytest.importorskip("mypy")
-    # Not where it stands: mypy says nothing about what it finds through PYTHONPATH.
-    shutil.copy(pb.__file__, folder / "parallel_backend.py")
-    command = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", *arguments]
-    ran = run(command, timeout=110, cwd=folder)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-
-
-@pytest.mark.timeout(120)
-def test_copy_passes_mypy_strict_in_its_new_home(tmp_path):
-    check_with_mypy(tmp_path, "--platform", "win32", "parallel_backend.py")
-
-
 def test_self_test_passes_on_what_is_installed(capsys: Any, ray_cluster: Any) -> None:
     assert pb.main([]) == 0
     out = capsys.readouterr().out
@@ -697,18 +686,18 @@ def test_self_test_fails_if_a_backend_does(capsys: Any, monkeypatch: Any) -> Non
 
 
 @pytest.mark.parametrize("title", ["parallel_backend", "Coming from"])
-def test_readme_programs_print_the_same_everywhere(
-    on_joblib: Backend, on_ray: Backend, title: str
-) -> None:
+def test_readme_programs_print_the_same_everywhere(on_joblib, on_ray, title) -> None:
     """Moved from one backend to the other by the environment variable alone."""
     after = README[README.index(f"# {title}\n") :]
     program = re.findall(r"```python\n(.*?)```", after, re.DOTALL)[0]
-    answers = {
-        name: run_script(program, env={"PARALLEL_BACKEND": name, **ray_address()})
-        for name in BUILT_IN
-    }
-    for name, done in answers.items():
-        assert done.stdout == answers["sequential"].stdout != "", (name, done.stderr)
+
+    def answer(name: str) -> Any:
+        return run_script(program, env={"PARALLEL_BACKEND": name, **ray_address()})
+
+    with ThreadPoolExecutor() as threads:
+        answers = list(threads.map(answer, BUILT_IN))
+    for done in answers:
+        assert done.stdout == answers[0].stdout != "", done.stderr
 
 
 TYPED_CLIENT = """
@@ -776,9 +765,14 @@ assert_type(g(new=1), str)
 
 
 @pytest.mark.timeout(120)
-def test_types_of_a_client_hold_under_mypy_strict(tmp_path):
+def test_a_copy_and_a_client_of_it_pass_mypy_strict(tmp_path):
+    pytest.importorskip("mypy")
+    # Not where it stands: mypy says nothing about what it finds through PYTHONPATH.
+    shutil.copy(pb.__file__, tmp_path / "parallel_backend.py")
     (tmp_path / "client.py").write_text(TYPED_CLIENT, encoding="utf-8")
-    check_with_mypy(tmp_path, "--follow-imports=silent", "client.py")
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "--platform", "win32"]
+    ran = run([*command, "parallel_backend.py", "client.py"], timeout=110, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 def test_reprs_say_engine_workers_pending_and_running(engine: Backend, tmp_path: Path) -> None:
@@ -1368,11 +1362,14 @@ def what_was_set(_):
 
 
 class Model:
+    def __init__(self, offset=0):
+        self.offset = offset
+
     def setting(self):
         return FROM_SETUP
 
     def fit(self, data, seed=0):
-        return sum(data) + seed
+        return sum(data) + seed + self.offset
 
 
 class Misfit(Exception):
@@ -1407,6 +1404,21 @@ def add(*numbers, **named):
 
 def scaled(x):
     return SCALE * x
+
+
+def moved(model):
+    return type(model) is Model and type(model)(model.offset + 1)
+
+
+def is_the_global(model):
+    return model is THE_MODEL
+
+
+def is_it(model):
+    return lambda other: other is model
+
+
+THE_MODEL = Model(3)
 
 
 def say(*what):
@@ -1482,6 +1494,9 @@ def main(name):
         say("global", executor.submit(scaled, 1).result())
         SCALE = 20
         say("changed", executor.submit(scaled, 1).result(), list(executor.map(scaled, [1, 2])))
+        models = [executor.submit(moved, Model(1)).result(), *executor.map(moved, [Model(2)])]
+        say("of its class", [type(model) is Model and model.offset for model in models])
+        say("the same", executor.submit(is_the_global, THE_MODEL).result(), executor.submit(is_it(THE_MODEL), THE_MODEL).result())
     with backend.executor(2, initializer=set_up, initargs=("set up",)) as executor:
         say("initializer", list(executor.map(what_was_set, range(3), chunksize=1)))
     with backend.executor(1, initializer=misfit, initargs=("own",)) as executor:
@@ -1552,18 +1567,15 @@ if __name__ == "__main__":
 '''
 
 
-def printed(name: str, tmp_path: Path) -> list[str]:
-    """What the program prints on that backend, a line each."""
-    script = tmp_path / "program.py"
-    script.write_text(ONE_PROGRAM)
-    env = {"PYTHONPATH": str(HERE), **(ray_address() if name == "ray" else {})}
-    done = run([sys.executable, script, name], timeout=120, env=env)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
 def test_one_program_prints_the_same_on_every_backend(engine: Backend, tmp_path: Path) -> None:
-    assert printed(name_of(engine), tmp_path) == printed("sequential", tmp_path)
+    def printed(name: str) -> list[str]:
+        done = run_script(ONE_PROGRAM, name, file=tmp_path / f"on_{name}.py", env=ray_address())
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    with ThreadPoolExecutor() as threads:
+        ours, expected = threads.map(printed, [name_of(engine), "sequential"])
+    assert ours == expected
 
 
 NOTEBOOK = [
@@ -2910,27 +2922,22 @@ def test_ray_argument_larger_than_a_store_and_node_removed(tmp_path: Path) -> No
 
 
 def test_a_traceback_shows_the_line_of_main_that_failed(engine: Backend, tmp_path: Path) -> None:
+    code = """
+        import sys, traceback, parallel_backend as pb
+        def outer(x):
+            return inner(x)  # the outer line
+        def inner(x):
+            return 1 / x  # the inner line
+        with pb.init_parallel_backend(sys.argv[1]).executor(1) as executor:
+            for future in (executor.submit(outer, 0), executor.submit(lambda: inner(0))):
+                print(future.exception(60).__cause__)
+            try:
+                list(executor.map(inner, [1, 0]))
+            except ZeroDivisionError as error:
+                print(error.__cause__)
+    """
     script = tmp_path / "failing.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import sys, traceback, parallel_backend as pb
-            def outer(x):
-                return inner(x)  # the outer line
-            def inner(x):
-                return 1 / x  # the inner line
-            with pb.init_parallel_backend(sys.argv[1]).executor(1) as executor:
-                for future in (executor.submit(outer, 0), executor.submit(lambda: inner(0))):
-                    print(future.exception(60).__cause__)
-                try:
-                    list(executor.map(inner, [1, 0]))
-                except ZeroDivisionError as error:
-                    print(error.__cause__)
-            """
-        )
-    )
-    env = {"PYTHONPATH": str(HERE), **ray_address()}
-    done = run([sys.executable, script, name_of(engine)], env=env)
+    done = run_script(code, name_of(engine), file=script, env=ray_address())
     assert done.stdout.count(f'File "{script}", line 6, in inner') == 3, done.stderr
     assert done.stdout.count("return 1 / x  # the inner line") == 3
     assert done.stdout.count("return inner(x)  # the outer line") == 1
@@ -2992,28 +2999,6 @@ def test_any_callable_goes(backend: Backend, kind: str) -> None:
         assert executor.submit(callables()[kind], 41).result(LONG) == 42
         assert list(executor.map(callables()[kind], range(5))) == [1, 2, 3, 4, 5]
     assert backend.get(backend.wrap(callables()[kind])(41), timeout=LONG) == 42
-
-
-def test_functions_of_main_go(engine: Backend) -> None:
-    code = """
-        import sys, parallel_backend as pb
-        class Point:
-            def __init__(self, x): self.x = x
-            def __eq__(self, other): return type(other) is Point and other.x == self.x
-        def shift(point): return Point(point.x + OFFSET)
-        def is_global(point): return point is POINT
-        def same_as(point): return lambda other: other is point
-        OFFSET, POINT = 3, Point(5)
-        if __name__ == "__main__":
-            with pb.init_parallel_backend(sys.argv[1]).executor(2) as executor:
-                assert executor.submit(shift, Point(1)).result(30) == Point(4)
-                assert executor.submit(is_global, POINT).result(30), "shared, and so it stays"
-                assert executor.submit(same_as(POINT), POINT).result(30)
-                assert list(executor.map(shift, map(Point, range(9)))) == [*map(Point, range(3, 12))]
-        print("ok")
-    """
-    done = run_script(code, name_of(engine), env=ray_address())
-    assert done.stdout == "ok\n", done.stderr
 
 
 @pytest.mark.parametrize("kind", ["global", "closure", "argument", "attribute", "partial"])
@@ -3897,10 +3882,7 @@ if __name__ == "__main__":
 def test_tasks_of_main_see_what_an_initializer_of_main_has_set(
     engine: Backend, tmp_path: Path
 ) -> None:
-    script = tmp_path / "state.py"
-    script.write_text(STATE)
-    env = {"PYTHONPATH": str(HERE), **ray_address()}
-    done = run([sys.executable, script, name_of(engine)], env=env)
+    done = run_script(STATE, name_of(engine), file=tmp_path / "state.py", env=ray_address())
     made = "made by a helper"
     seen = (made, {"a": 1, "b": 2}, 5, "set up", made)
     assert done.stdout.splitlines() == [
