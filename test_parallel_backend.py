@@ -1597,6 +1597,7 @@ print(list(executor.map(double, range(4))))
 from tqdm import tqdm
 tasks = [executor.submit(double, n) for n in range(5)]
 print(sorted(f.result() for f in tqdm(as_completed(tasks), total=5)))
+print(list(tqdm(executor.map(double, range(3)))))
 """,
     """
 import signal, threading, time
@@ -1640,7 +1641,7 @@ def test_a_notebook(name: str, request: pytest.FixtureRequest, tmp_path: Path) -
     assert "[0, 2, 4, 6]" in outputs[1] and "[0, 10, 20, 30]" in outputs[2] and "-1" in outputs[3]
     assert (
         "from here" in outputs[4]
-        and "[-4, -3, -2, -1, 0]" in outputs[6]
+        and "[-4, -3, -2, -1, 0]\n[0, -1, -2]\n" in outputs[6]
         and "shut down" in outputs[8]
     )
     assert {number: error.ename for number, error in errors.items()} == {
@@ -2032,18 +2033,11 @@ def test_wait_and_as_completed_and_callbacks(parallel: Backend, tmp_path: Path) 
     assert called == [quick, slow]
 
 
-def test_failing_callback_hurts_nobody(backend: Backend, caplog: Any) -> None:
-    with backend.executor(1) as executor:
-        future = executor.submit(identity, 1)
-        future.add_done_callback(lambda _: 1 / 0)  # type: ignore[arg-type,return-value]
-        assert future.result(LONG) == 1
-        assert executor.submit(identity, 2).result(LONG) == 2
-
-
-def test_callback_that_exits_hurts_nobody(parallel: Backend, caplog: Any) -> None:
+def test_callback_that_fails_or_exits_hurts_nobody(parallel: Backend, caplog: Any) -> None:
     called: list[Any] = []
     with parallel.executor(1) as executor:
         future = executor.submit(time.sleep, 0.2)
+        future.add_done_callback(lambda _: raise_it(LookupError()))
         future.add_done_callback(lambda _: sys.exit(1))
         future.add_done_callback(called.append)
         assert [executor.submit(identity, n).result(LONG) for n in range(3)] == [0, 1, 2]
@@ -2123,20 +2117,6 @@ def test_asyncio_awaits_results_and_exceptions(friend_executor):
     assert type(error) is ZeroDivisionError
 
 
-def test_asyncio_cancels_what_has_not_started(parallel, tmp_path):
-    async def program(executor):
-        running = asyncio.get_running_loop().run_in_executor(executor, gated, tmp_path, "running")
-        pending = executor.submit(int)
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(asyncio.wrap_future(pending), 0.1)
-        open_gate(tmp_path)
-        await running
-        return pending
-
-    with parallel.executor(1) as executor:
-        assert asyncio.run(program(executor)).cancelled()
-
-
 @pytest.mark.timeout(120)
 def test_scipy_minimizes_with_executor_map(friend_executor):
     optimize = pytest.importorskip("scipy.optimize")
@@ -2178,14 +2158,6 @@ def test_adaptive_samples_on_it(friend_executor):
     assert all(y == x * x for x, y in learner.data.items())
 
 
-def test_tqdm_follows_a_map(friend_executor):
-    tqdm = pytest.importorskip("tqdm").tqdm
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        bar = tqdm(friend_executor.map(lambda x: -x, range(50)), total=50, file=nowhere)
-        assert list(bar) == [-n for n in range(50)]
-    assert bar.n == bar.total == 50
-
-
 # --- 3.1 Concurrency ------------------------------------------------------------------------------
 
 
@@ -2210,15 +2182,6 @@ def test_no_more_than_max_workers_at_once(parallel: Backend, workers: int, tmp_p
         futures += [executor.submit(overlap, n, 0) for n in range(300)]
         assert max(future.result(LONG) for future in futures) <= workers
         assert max(executor.map(overlap, range(20))) <= workers
-
-
-def test_max_workers_tasks_do_run_at_once(parallel: Backend, tmp_path: Path) -> None:
-    with parallel.executor(3) as executor:
-        futures = [executor.submit(gated, tmp_path, name) for name in "abcd"]
-        pids = {has_started(tmp_path, name) for name in "abc"}
-        assert len(pids) == (3 if traits_of(parallel).own_process else 1)
-        assert [future.running() for future in futures] == [True, True, True, False]
-        open_gate(tmp_path)
 
 
 def meet(folder: Path, mine: str, other: str) -> float:
@@ -2258,19 +2221,20 @@ def test_nothing_waits_behind_a_long_task(parallel: Backend, tmp_path: Path) -> 
 
 
 def test_what_runs_is_running_and_nothing_else(parallel: Backend, tmp_path: Path) -> None:
-    with parallel.executor(2, cancel_futures=True) as executor:
+    with parallel.executor(3, cancel_futures=True) as executor:
         wait([executor.submit(identity, n) for n in range(500)], LONG)
         for n in range(10):
             folder = tmp_path / str(n)
             folder.mkdir()
-            futures = [executor.submit(gated, folder, str(m)) for m in range(6)]
-            has_started(folder, "0"), has_started(folder, "1")
-            expected = [True] * 2 + [False] * 4
+            futures = [executor.submit(gated, folder, str(m)) for m in range(7)]
+            pids = {has_started(folder, str(m)) for m in range(3)}
+            assert len(pids) == (3 if traits_of(parallel).own_process else 1)
+            expected = [True] * 3 + [False] * 4
             until(lambda: [future.running() for future in futures] == expected)  # noqa: B023
-            assert [future.cancel() for future in futures] == [False] * 2 + [True] * 4
+            assert [future.cancel() for future in futures] == [False] * 3 + [True] * 4
             open_gate(folder)
             wait(futures, LONG)
-            assert not any((folder / f"{m}.started").exists() for m in range(2, 6))
+            assert not any((folder / f"{m}.started").exists() for m in range(3, 7))
 
 
 def test_four_executors_side_by_side(stopping: Backend, tmp_path: Path) -> None:
@@ -2830,41 +2794,28 @@ def test_a_fresh_worker_takes_over_what_waits_behind_a_long_task(
             open_gate(folder)
 
 
-def kill_a_worker(folder: Path, killed: set[int]) -> None:
-    """SIGKILL to one of the workers that have left their ids in the folder, and note it."""
-
-    def alive() -> list[int]:
-        pids = {int(path.name[3:]) for path in folder.glob("pid*")}
-        return [pid for pid in pids - killed if is_alive(pid)]
-
-    until(alive)
-    victim = alive()[0]
-    os.kill(victim, signal.SIGKILL)
-    killed.add(victim)
-
-
 def test_five_killed_workers_in_300_tasks(engine: Backend, tmp_path: Path) -> None:
     """A kill costs what that worker ran, or a second run of it, no more; the executor goes on."""
-
-    def work(n: int) -> int:
-        with open(tmp_path / "runs", "a") as file:
-            file.write(f"{n}\n")
-        (tmp_path / f"pid{os.getpid()}").touch()
-        time.sleep(0.005)
-        return n
-
+    trace = tmp_path / "trace"
     killed: set[int] = set()
+
+    def victims() -> list[int]:
+        pids = {int(line.split()[2]) for line in trace.read_text().splitlines()}
+        return [pid for pid in pids - killed if is_alive(pid)]
+
     with engine.executor(2, cancel_futures=False) as executor:
-        futures = [executor.submit(work, n) for n in range(300)]
+        futures = [executor.submit(leave_a_trace, str(trace), n, 0.005) for n in range(300)]
         for kill in range(1, 6):
             wait(futures[: 50 * kill], LONG)  # spread over the run
-            kill_a_worker(tmp_path, killed)
+            until(victims)
+            killed.add(victim := victims()[0])
+            os.kill(victim, signal.SIGKILL)
         errors = [future.exception(LONG) for future in futures]
         assert executor.submit(identity, "goes on").result(LONG) == "goes on"
     lost = [error for error in errors if error is not None]
     assert all(isinstance(error, BrokenProcessPool) for error in lost)
     assert all(f.result() == n for n, f in enumerate(futures) if errors[n] is None)
-    runs = (tmp_path / "runs").read_text().split()
+    runs = begun_in(trace)
     are_retried = bool(traits_of(engine).once)
     assert len(lost) <= (0 if are_retried else 5)
     assert len(runs) - len(set(runs)) <= (5 if are_retried else 0), "tasks ran twice"
@@ -3733,14 +3684,14 @@ def test_a_task_over_its_limit_is_stopped_and_no_other(
         until(lambda: f"in {task.__name__}" in capfd.readouterr().err)
 
 
-def test_twenty_of_a_thousand_over_the_limit(engine: Backend) -> None:
+def test_one_in_fifty_over_the_limit(engine: Backend) -> None:
     def task(n: int) -> int:
         if n % 50 == 25:
             time.sleep(600)
         return n
 
     with engine.executor(2, task_timeout=0.3) as executor:
-        futures = [executor.submit(task, n) for n in range(many(engine, 1000))]
+        futures = [executor.submit(task, n) for n in range(many(engine, 500))]
         for n, future in enumerate(futures):
             if n % 50 == 25:
                 assert isinstance(future.exception(LONG), TimeoutError)
@@ -3927,19 +3878,13 @@ def test_an_initializer_that_fails_breaks_the_executor(
 
 
 def test_an_initializer_leaves_nothing_to_the_next_executor(engine: Backend) -> None:
-    def leave() -> None:
-        os.environ["LEFT_BEHIND"] = "1"
-        import parallel_backend_left_behind  # type: ignore[import-not-found]  # noqa: F401
-
     def leave_a_module() -> None:
-        sys.modules["parallel_backend_left_behind"] = types.ModuleType("left")
+        sys.modules["left_behind"] = types.ModuleType("left")
 
     with engine.executor(1, initializer=leave_a_module) as executor:
-        assert executor.submit(lambda: "parallel_backend_left_behind" in sys.modules).result(LONG)
+        assert executor.submit(lambda: "left_behind" in sys.modules).result(LONG)
     with engine.executor(1) as executor:
-        assert not executor.submit(lambda: "parallel_backend_left_behind" in sys.modules).result(
-            LONG
-        )
+        assert not executor.submit(lambda: "left_behind" in sys.modules).result(LONG)
 
 
 def test_handles_in_an_initializers_arguments(engine: Backend) -> None:
