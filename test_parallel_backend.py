@@ -50,6 +50,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import parallel_backend as pb
 from parallel_backend import CancellationPolicy as Policy
@@ -4623,179 +4624,166 @@ class ManualEngine(pb._Engine):
         self.closed += 1
 
 
-def core_machine() -> Any:
-    hypothesis = pytest.importorskip("hypothesis")
-    from hypothesis import strategies as st
-    from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+class Core(RuleBasedStateMachine):
+    """Keeps its promises in any order of events."""
 
-    class Core(RuleBasedStateMachine):
-        def __init__(self) -> None:
-            super().__init__()
-            self.engine = ManualEngine()
-            self.executor = pb.ParallelExecutor(self.engine, 2, Policy.PENDING)
-            self.core = self.executor._core
-            self.futures: list[Future[Any]] = []
-            self.expected: dict[Future[Any], str] = {}  # the model: how each must end, once known
-            self.calls: dict[Future[Any], int] = {}
-            self.maps: list[tuple[Any, int, Any]] = []
-            self.given_up: set[Any] = set()
-            self.shut = False
-            self.discards = False
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine = ManualEngine()
+        self.executor = pb.ParallelExecutor(self.engine, 2, Policy.PENDING)
+        self.core = self.executor._core
+        self.futures: list[Future[Any]] = []
+        self.expected: dict[Future[Any], str] = {}  # the model: how each must end, once known
+        self.calls: dict[Future[Any], int] = {}
+        self.maps: list[tuple[Any, int, Any]] = []
+        self.given_up: set[Any] = set()
+        self.shut = False
+        self.discards = False
 
-        def pick(self, data: Any, choices: Any) -> Any:
-            return data.draw(st.sampled_from(list(choices)))
+    def pick(self, data: Any, choices: Any) -> Any:
+        return data.draw(st.sampled_from(list(choices)))
 
-        def count(self, future: Future[Any]) -> None:
-            self.calls[future] = self.calls.get(future, 0) + 1
+    def count(self, future: Future[Any]) -> None:
+        self.calls[future] = self.calls.get(future, 0) + 1
 
-        @rule()
-        def submit(self) -> None:
-            is_hungry, rung = self.core.hungry, self.engine.rung
-            try:
-                future = self.executor.submit(identity, len(self.futures))
-            except RuntimeError:
-                assert self.shut
-                return
-            assert not self.shut
-            assert self.engine.rung == rung + is_hungry, "who could do with more is fed, once"
-            self.futures.append(future)
-            future.add_done_callback(self.count)
+    @rule()
+    def submit(self) -> None:
+        is_hungry, rung = self.core.hungry, self.engine.rung
+        try:
+            future = self.executor.submit(identity, len(self.futures))
+        except RuntimeError:
+            assert self.shut
+            return
+        assert not self.shut
+        assert self.engine.rung == rung + is_hungry, "who could do with more is fed, once"
+        self.futures.append(future)
+        future.add_done_callback(self.count)
 
-        @precondition(lambda self: not self.shut)
-        @rule(size=st.integers(1, 20), chunksize=st.sampled_from([None, 1, 3]))
-        def map(self, size: int, chunksize: int | None) -> None:
-            results = self.executor.map(identity, range(size), chunksize=chunksize)
-            self.maps.append((results, size, self.core.pending[-1]))
+    @precondition(lambda self: not self.shut)
+    @rule(size=st.integers(1, 20), chunksize=st.sampled_from([None, 1, 3]))
+    def map(self, size: int, chunksize: int | None) -> None:
+        results = self.executor.map(identity, range(size), chunksize=chunksize)
+        self.maps.append((results, size, self.core.pending[-1]))
 
-        @precondition(lambda self: self.maps)
-        @rule(data=st.data())
-        def abandon(self, data: Any) -> None:
-            _, _, source = self.pick(data, self.maps)
-            source.abandon()
-            self.given_up.add(source)
+    @precondition(lambda self: self.maps)
+    @rule(data=st.data())
+    def abandon(self, data: Any) -> None:
+        _, _, source = self.pick(data, self.maps)
+        source.abandon()
+        self.given_up.add(source)
 
-        @rule(count=st.integers(0, 4))
-        def fetch(self, count: int) -> None:
-            taken = self.engine.fetch(count)
-            assert taken <= count
-            lent = self.engine.held[len(self.engine.held) - taken :]
-            assert self.given_up.isdisjoint(getattr(work, "source", None) for work in lent)
-            if taken < count:
-                assert self.core.hungry
-
-        @rule()
-        def rest(self) -> None:
-            assert self.core.ask() >= sum(future.place is pb._PENDING for future in self.futures)
+    @rule(count=st.integers(0, 4))
+    def fetch(self, count: int) -> None:
+        taken = self.engine.fetch(count)
+        assert taken <= count
+        lent = self.engine.held[len(self.engine.held) - taken :]
+        assert self.given_up.isdisjoint(getattr(work, "source", None) for work in lent)
+        if taken < count:
             assert self.core.hungry
 
-        @rule(refuses=st.booleans())
-        def refuse(self, refuses: bool) -> None:
-            self.engine.refuses = refuses
+    @rule()
+    def rest(self) -> None:
+        assert self.core.ask() >= sum(future.place is pb._PENDING for future in self.futures)
+        assert self.core.hungry
 
-        @precondition(lambda self: self.engine.held)
-        @rule(data=st.data())
-        def begin(self, data: Any) -> None:
-            self.engine.begin(self.pick(data, self.engine.held))
+    @rule(refuses=st.booleans())
+    def refuse(self, refuses: bool) -> None:
+        self.engine.refuses = refuses
 
-        @precondition(lambda self: self.engine.held)
-        @rule(data=st.data())
-        def give_back(self, data: Any) -> None:
-            """By itself: its worker has died, or another one runs dry."""
-            work = self.pick(data, self.engine.held)
-            refuses, self.engine.refuses = self.engine.refuses, False
-            self.engine.take_back([work])
-            self.engine.refuses = refuses
-            if isinstance(work, Future):
-                assert work.place is pb._PENDING or self.discards
-                if self.discards:
-                    self.expected[work] = "cancelled"
+    @precondition(lambda self: self.engine.held)
+    @rule(data=st.data())
+    def begin(self, data: Any) -> None:
+        self.engine.begin(self.pick(data, self.engine.held))
 
-        @precondition(lambda self: self.futures)
-        @rule(data=st.data())
-        def cancel(self, data: Any) -> None:
-            future = self.pick(data, self.futures)
-            was = outcome(future)
-            is_kept = future in self.engine.begun or (
-                future in self.engine.held and self.engine.refuses
-            )
-            assert future.cancel() == (was == "cancelled" or (was == "pending" and not is_kept))
-            if future.cancelled():
-                self.expected.setdefault(future, "cancelled")
+    @precondition(lambda self: self.engine.held)
+    @rule(data=st.data())
+    def give_back(self, data: Any) -> None:
+        """By itself: its worker has died, or another one runs dry."""
+        work = self.pick(data, self.engine.held)
+        refuses, self.engine.refuses = self.engine.refuses, False
+        self.engine.take_back([work])
+        self.engine.refuses = refuses
+        if isinstance(work, Future):
+            assert work.place is pb._PENDING or self.discards
+            if self.discards:
+                self.expected[work] = "cancelled"
 
-        @precondition(lambda self: self.engine.begun)
-        @rule(data=st.data(), how=st.sampled_from(["done", "part", "fails", "crash", "unsent"]))
-        def finish(self, data: Any, how: str) -> None:
-            work = self.pick(data, self.engine.begun)
-            failure: BaseException | None = {
-                "fails": ValueError("task"),
-                "crash": BrokenProcessPool("worker"),
-                "unsent": pickle.PicklingError("call"),
-            }.get(how)
-            if isinstance(work, Future):
-                self.expected[work] = "done" if failure is None else "failed"
-            self.engine.finish(work, failure, {"part": 1, "unsent": 0}.get(how))
+    @precondition(lambda self: self.futures)
+    @rule(data=st.data())
+    def cancel(self, data: Any) -> None:
+        future = self.pick(data, self.futures)
+        was = outcome(future)
+        is_kept = future in self.engine.begun or (
+            future in self.engine.held and self.engine.refuses
+        )
+        assert future.cancel() == (was == "cancelled" or (was == "pending" and not is_kept))
+        if future.cancelled():
+            self.expected.setdefault(future, "cancelled")
 
-        @precondition(lambda self: len(self.futures) + len(self.maps) > 5)  # not the first of all
-        @rule(policy=st.sampled_from([*Policy, Policy.NONE, Policy.ALL]))
-        def shutdown(self, policy: Policy) -> None:
-            for future in self.futures:
-                if future in self.engine.begun:
-                    ends = Policy.RUNNING in policy
-                elif future in self.engine.held:
-                    ends = Policy.PENDING in policy and not self.engine.refuses
-                else:
-                    ends = Policy.PENDING in policy and not future.done()
-                if ends:
-                    self.expected[future] = "cancelled"
-            self.shut = True
-            self.discards |= Policy.PENDING in policy
-            self.executor.shutdown(wait=False, cancel_futures=policy)
+    @precondition(lambda self: self.engine.begun)
+    @rule(data=st.data(), how=st.sampled_from(["done", "part", "fails", "crash", "unsent"]))
+    def finish(self, data: Any, how: str) -> None:
+        work = self.pick(data, self.engine.begun)
+        failure: BaseException | None = {
+            "fails": ValueError("task"),
+            "crash": BrokenProcessPool("worker"),
+            "unsent": pickle.PicklingError("call"),
+        }.get(how)
+        if isinstance(work, Future):
+            self.expected[work] = "done" if failure is None else "failed"
+        self.engine.finish(work, failure, {"part": 1, "unsent": 0}.get(how))
 
-        @invariant()
-        def promises_hold(self) -> None:
-            engine = self.engine
-            for future in self.futures:
-                assert future.running() == (future in engine.begun)
-                place = {pb._LENT: future in engine.held + engine.begun, pb._DONE: future.done()}
-                assert place.get(future.place, future in self.core.pending)
-                assert (future in self.core.works) == (not future.done())
-            for future, how in self.expected.items():
-                assert outcome(future) == how
-            assert all(self.calls.get(f, 0) == f.done() for f in self.futures)
-            assert self.core.uncut == sum(
-                m.left for m in self.core.pending if isinstance(m, pb._Map)
-            )
-            assert engine.closed == (self.core.stage == 4)
-            assert not engine.closed or not self.core.works
+    @precondition(lambda self: len(self.futures) + len(self.maps) > 5)  # not the first of all
+    @rule(policy=st.sampled_from([*Policy, Policy.NONE, Policy.ALL]))
+    def shutdown(self, policy: Policy) -> None:
+        for future in self.futures:
+            if future in self.engine.begun:
+                ends = Policy.RUNNING in policy
+            elif future in self.engine.held:
+                ends = Policy.PENDING in policy and not self.engine.refuses
+            else:
+                ends = Policy.PENDING in policy and not future.done()
+            if ends:
+                self.expected[future] = "cancelled"
+        self.shut = True
+        self.discards |= Policy.PENDING in policy
+        self.executor.shutdown(wait=False, cancel_futures=policy)
 
-        def teardown(self) -> None:
-            self.shut = True
-            self.executor.shutdown(wait=False, cancel_futures=Policy.NONE)
-            self.engine.run_all()
-            self.executor.shutdown()
-            assert self.engine.closed == 1
-            assert not self.core.works
-            assert all(future.done() and self.calls[future] == 1 for future in self.futures)
-            for results, size, source in self.maps:
-                got = []
-                with contextlib.suppress(
-                    CancelledError, ValueError, BrokenProcessPool, pickle.PicklingError
-                ):
-                    got.extend(results)
-                    assert len(got) == size or source in self.given_up
-                assert got == list(range(len(got)))
+    @invariant()
+    def promises_hold(self) -> None:
+        engine = self.engine
+        for future in self.futures:
+            assert future.running() == (future in engine.begun)
+            place = {pb._LENT: future in engine.held + engine.begun, pb._DONE: future.done()}
+            assert place.get(future.place, future in self.core.pending)
+            assert (future in self.core.works) == (not future.done())
+        for future, how in self.expected.items():
+            assert outcome(future) == how
+        assert all(self.calls.get(f, 0) == f.done() for f in self.futures)
+        assert self.core.uncut == sum(m.left for m in self.core.pending if isinstance(m, pb._Map))
+        assert engine.closed == (self.core.stage == 4)
+        assert not engine.closed or not self.core.works
 
-    Core.TestCase.settings = hypothesis.settings(
-        max_examples=150, stateful_step_count=40, deadline=None, database=None
-    )
-    return Core
+    def teardown(self) -> None:
+        self.shut = True
+        self.executor.shutdown(wait=False, cancel_futures=Policy.NONE)
+        self.engine.run_all()
+        self.executor.shutdown()
+        assert self.engine.closed == 1
+        assert not self.core.works
+        assert all(future.done() and self.calls[future] == 1 for future in self.futures)
+        for results, size, source in self.maps:
+            got = []
+            with contextlib.suppress(
+                CancelledError, ValueError, BrokenProcessPool, pickle.PicklingError
+            ):
+                got.extend(results)
+                assert len(got) == size or source in self.given_up
+            assert got == list(range(len(got)))
 
 
-def test_core_keeps_its_promises_in_any_order() -> None:
-    from hypothesis.stateful import run_state_machine_as_test
-
-    machine = core_machine()
-    run_state_machine_as_test(machine, settings=machine.TestCase.settings)
+TestCore = Core.TestCase  # runs the machine
+TestCore.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, database=None)
 
 
 def test_shutdown_while_a_task_is_being_taken_loses_nothing(monkeypatch: Any) -> None:
