@@ -4405,15 +4405,13 @@ def test_no_semaphores_no_lending(on_joblib: Backend, monkeypatch: Any) -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones_and_the_nearest(monkeypatch):
-    for call in (
-        lambda: pb.init_parallel_backend("sequental"),
-        lambda: pb.init_parallel_backend(backend_name="sequental"),
-    ):
-        with pytest.raises(NotImplementedError) as caught:
-            call()
+    for named in ({"config": "sequental"}, {"backend_name": "sequental"}):
+        with pytest.raises(
+            NotImplementedError, match="'sequental'.*nearest is 'sequential'"
+        ) as caught:
+            pb.init_parallel_backend(**named)
         message = str(caught.value)
         assert all(name in message for name in Backend.BACKENDS)
-        assert "'sequental'" in message and "nearest is 'sequential'" in message
         assert "PARALLEL_BACKEND" not in message
     monkeypatch.setenv("PARALLEL_BACKEND", "rya")
     with pytest.raises(NotImplementedError, match="'rya'.*PARALLEL_BACKEND.*nearest is 'ray'"):
@@ -5299,11 +5297,15 @@ GROWING = """
 """
 
 
-@contextlib.contextmanager
-def growing_cluster(folder: Path, head_cpus: int, resources: dict[str, float]) -> Iterator[str]:
-    """A head, and up to four nodes more when there is work for them; Ray's own autoscaler."""
+def grown(kind: str, count: int, head_cpus: int, resources: dict[str, float]) -> Any:
+    """What that way of running so many tasks tells of a cluster that grows, by Ray's autoscaler.
+
+    It is a head, and up to four nodes more when there is work for them.
+    """
     psutil = pytest.importorskip("psutil")
-    kind = {"node_config": {}, "resources": resources, "min_workers": 0, "max_workers": 4}
+    pytest.importorskip("ray")
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # sockets have short names
+    node = {"node_config": {}, "resources": resources, "min_workers": 0, "max_workers": 4}
     head = {"node_config": {}, "resources": {"CPU": head_cpus}, "max_workers": 0}
     lists = """initialization_commands setup_commands head_setup_commands worker_setup_commands
         head_start_ray_commands worker_start_ray_commands cluster_synced_files rsync_exclude rsync_filter"""
@@ -5311,7 +5313,7 @@ def growing_cluster(folder: Path, head_cpus: int, resources: dict[str, float]) -
         "cluster_name": "fake_multinode",
         "max_workers": 4,
         "provider": {"type": "fake_multinode"},
-        "available_node_types": {"node": kind, "ray.head.default": head},
+        "available_node_types": {"node": node, "ray.head.default": head},
         "head_node_type": "ray.head.default",
         "idle_timeout_minutes": 5,
         "upscaling_speed": 1.0,
@@ -5323,11 +5325,8 @@ def growing_cluster(folder: Path, head_cpus: int, resources: dict[str, float]) -
     }
     (folder / "cluster.json").write_text(json.dumps(config))
     mark = f"parallel_backend_{os.urandom(8).hex()}"
-    env = {
-        "RAY_FAKE_CLUSTER": "1",
-        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-        "RAY_AUTH_MODE": "disabled",
-    }
+    quiet = {"RAY_AUTH_MODE": "disabled"}
+    env = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", **quiet}
     env |= {"MARK": mark, "RAY_TMPDIR": os.fspath(folder / "ray")}
     ray = Path(sys.executable).with_name("ray")
     start = [ray, "start", "--head", f"--autoscaling-config={folder / 'cluster.json'}"]
@@ -5335,29 +5334,22 @@ def growing_cluster(folder: Path, head_cpus: int, resources: dict[str, float]) -
         # The provider's nodes look for their head at this port.
         done = run([*start, f"--num-cpus={head_cpus}", "--port=6379"], env=env)
         assert done.returncode == 0, done.stdout + done.stderr
-        yield "127.0.0.1:6379"
+        done = run_script(GROWING, "127.0.0.1:6379", kind, str(count), timeout=90, env=quiet)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
     finally:
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("MARK") == mark:
                     process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.cluster
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("count", [24, 40])
-def test_a_growing_cluster_grows_as_fast_as_for_ray_itself(count: int, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    taken = {}
-    for kind in ("raw", "ours", "unbounded"):
-        folder = Path(tempfile.mkdtemp(dir="/tmp"))  # sockets have short names
-        with growing_cluster(folder, 1, {"CPU": 1}) as address:
-            done = run_script(
-                GROWING, address, kind, str(count), timeout=90, env={"RAY_AUTH_MODE": "disabled"}
-            )
-            assert done.returncode == 0, done.stderr
-            taken[kind] = json.loads(done.stdout.splitlines()[-1])
-        shutil.rmtree(folder)
+def test_a_growing_cluster_grows_as_fast_as_for_ray_itself(count: int) -> None:
+    taken = {kind: grown(kind, count, 1, {"CPU": 1}) for kind in ("raw", "ours", "unbounded")}
     print(count, taken)
     for kind in ("ours", "unbounded"):
         seconds, nodes, workers = taken[kind]
@@ -5368,16 +5360,8 @@ def test_a_growing_cluster_grows_as_fast_as_for_ray_itself(count: int, tmp_path:
 
 @pytest.mark.cluster
 @pytest.mark.timeout(120)
-def test_a_cluster_without_a_cpu_or_the_resource_grows(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    folder = Path(tempfile.mkdtemp(dir="/tmp"))
-    with growing_cluster(folder, 0, {"CPU": 1, "gadget": 1}) as address:
-        done = run_script(
-            GROWING, address, "gadget", "4", timeout=90, env={"RAY_AUTH_MODE": "disabled"}
-        )
-        assert done.returncode == 0, done.stderr
-        seconds, nodes, workers = json.loads(done.stdout.splitlines()[-1])
-    shutil.rmtree(folder)
+def test_a_cluster_without_a_cpu_or_the_resource_grows() -> None:
+    seconds, nodes, workers = grown("gadget", 4, 0, {"CPU": 1, "gadget": 1})
     print("gadget", seconds, nodes)
     assert nodes > 1 and workers >= 1
 
