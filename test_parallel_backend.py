@@ -811,9 +811,7 @@ def fake_ray(monkeypatch):
 
 
 @pytest.mark.parametrize("environment", [None, "", "joblib", "sequential", "threads"])
-def test_the_environment_names_the_backend_of_a_call_that_does_not(
-    environment, thread_backend, monkeypatch
-):
+def test_the_environment_names_the_backend(environment, thread_backend, monkeypatch):
     if environment is not None:
         monkeypatch.setenv("PARALLEL_BACKEND", environment)
     with no_warning():
@@ -1096,9 +1094,7 @@ def test_shared_object_that_only_cloudpickle_can_send(on_joblib: Backend) -> Non
     assert on_joblib.get(on_joblib.wrap(lambda f: f())(handle), timeout=LONG) == 100_000
 
 
-def test_shared_object_where_there_is_no_room(
-    on_joblib: Backend, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_put_where_there_is_no_room(on_joblib: Backend, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("JOBLIB_TEMP_FOLDER", str(tmp_path / "missing"))
     handle = on_joblib.put(bytes(100_000))
     assert on_joblib.get(handle) == bytes(100_000)
@@ -2260,9 +2256,7 @@ def test_four_executors_side_by_side(stopping: Backend, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("policy", [Policy.NONE, Policy.PENDING])
-def test_cancelled_future_is_cancelled_at_once(
-    parallel: Backend, policy: Policy, tmp_path: Path
-) -> None:
+def test_cancelled_future_is_so_at_once(parallel: Backend, policy: Policy, tmp_path: Path) -> None:
     called: list[Future[Any]] = []
     with parallel.executor(1, cancel_futures=policy) as executor:
         running = executor.submit(gated, tmp_path, "running", 5)
@@ -2429,9 +2423,7 @@ def test_abandoned_map_cancels_what_waits(parallel: Backend, tmp_path: Path) -> 
     assert not (folders[2] / "c.started").exists()
 
 
-def test_what_is_submitted_when_an_abandoned_item_goes_runs(
-    engine: Backend, tmp_path: Path
-) -> None:
+def test_what_an_abandoned_item_submits_runs(engine: Backend, tmp_path: Path) -> None:
     submitted: list[Future[int]] = []
 
     class Item:
@@ -2484,9 +2476,7 @@ def test_submit_racing_with_worker_start(on_joblib: Backend) -> None:
     assert all(future.cancelled() for future in futures)
 
 
-def test_running_tasks_start_processes_that_go_with_them(
-    on_joblib: Backend, tmp_path: Path
-) -> None:
+def test_processes_that_a_task_starts_go_with_it(on_joblib: Backend, tmp_path: Path) -> None:
     def start_child() -> None:
         subprocess.run(
             ["sh", "-c", f"echo $$ > {tmp_path}/n; mv {tmp_path}/n {tmp_path}/c; sleep 60"],
@@ -2515,9 +2505,7 @@ def test_workers_of_a_stopped_worker_go_with_it(stopping: Backend, tmp_path: Pat
     until(lambda: not any(map(is_alive, pids)), 5)
 
 
-def test_a_worker_that_has_left_its_group_is_stopped_all_the_same(
-    on_joblib: Backend, tmp_path: Path
-) -> None:
+def test_a_worker_that_has_left_its_group_is_stopped(on_joblib: Backend, tmp_path: Path) -> None:
     def leave_the_group() -> None:
         child = os.fork()
         if child == 0:
@@ -2778,9 +2766,7 @@ def test_a_death_costs_what_had_begun(engine: Backend, tmp_path: Path) -> None:
     assert sorted(begun_in(trace)) == list(range(count)), "each once"
 
 
-def test_a_fresh_worker_takes_over_what_waits_behind_a_long_task(
-    engine: Backend, tmp_path: Path
-) -> None:
+def test_a_fresh_worker_takes_what_waits_behind_a_long_one(engine: Backend, tmp_path: Path) -> None:
     with engine.executor(2, **traits_of(engine).once) as executor:
         wait([executor.submit(identity, n) for n in range(300)], LONG)
         for n in range(many(engine, 5)):
@@ -3016,9 +3002,7 @@ def test_map_yields_what_comes_before_a_failure(backend: Backend, chunksize: int
 
 
 @pytest.mark.parametrize("chunksize", [None, 4])
-def test_map_of_a_function_that_raises_stop_iteration(
-    backend: Backend, tmp_path: Path, chunksize: int | None
-) -> None:
+def test_map_of_stop_iteration(backend: Backend, tmp_path: Path, chunksize: int | None) -> None:
     """It ends no list, and runs nothing twice."""
     trace = str(tmp_path / "trace")
 
@@ -3054,9 +3038,7 @@ def test_map_runs_all_items_unread_and_after_a_failure(backend: Backend, tmp_pat
 
 @pytest.mark.parametrize("bad", ["argument", "result"])
 @pytest.mark.parametrize("chunksize", [None, 10])
-def test_map_item_that_cannot_be_pickled_fails_alone(
-    engine: Backend, bad: str, chunksize: int | None
-) -> None:
+def test_unpicklable_item_fails_alone(engine: Backend, bad: str, chunksize: int | None) -> None:
     lock = threading.Lock()
 
     def odd(item: Any) -> Any:
@@ -3208,9 +3190,7 @@ def test_shutdown_while_a_worker_dies(engine: Backend) -> None:
             assert type(future.exception(0)) is BrokenProcessPool
 
 
-def test_callback_that_exits_during_shutdown_loses_no_other_future(
-    parallel: Backend, tmp_path: Path
-) -> None:
+def test_callback_that_exits_in_shutdown_loses_no_future(parallel: Backend, tmp_path: Path) -> None:
     executor = parallel.executor(1)
     running = executor.submit(gated, tmp_path, "running")
     has_started(tmp_path, "running")
@@ -3390,9 +3370,7 @@ def test_driver_killed(engine: Backend, tmp_path: Path) -> None:
     until(lambda: not any(path.exists() for path in ours), 10)
 
 
-def test_worker_watches_its_lifeline_where_there_is_no_prctl(
-    request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
+def test_worker_watches_its_lifeline_where_there_is_no_prctl() -> None:
     """What macOS and Windows workers do; here by a platform that lies."""
     code = """
         import sys, os, time
@@ -3641,9 +3619,7 @@ def test_workers_are_not_kept_after(why: str, on_joblib: Backend, monkeypatch: A
         assert pids_of(executor) & first == (set() if why == "other environment" else alive)
 
 
-def test_few_workers_are_kept_where_the_environment_changes(
-    on_joblib: Backend, monkeypatch: Any
-) -> None:
+def test_few_are_kept_where_the_environment_changes(on_joblib: Backend, monkeypatch: Any) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     for n in range(8):
         monkeypatch.setenv("SOMETHING_THAT_WORKERS_SEE", str(n))
@@ -3831,9 +3807,7 @@ if __name__ == "__main__":
 """
 
 
-def test_tasks_of_main_see_what_an_initializer_of_main_has_set(
-    engine: Backend, tmp_path: Path
-) -> None:
+def test_tasks_of_main_see_what_their_initializer_has_set(engine: Backend, tmp_path: Path) -> None:
     done = run_script(STATE, name_of(engine), file=tmp_path / "state.py", env=ray_address())
     made = "made by a helper"
     seen = (made, {"a": 1, "b": 2}, 5, "set up", made)
@@ -3848,9 +3822,7 @@ def test_tasks_of_main_see_what_an_initializer_of_main_has_set(
 
 
 @pytest.mark.parametrize("how", ["raises", "exits", "dies"])
-def test_an_initializer_that_fails_breaks_the_executor(
-    engine: Backend, how: str, tmp_path: Path
-) -> None:
+def test_failing_initializer_breaks_the_executor(engine: Backend, how: str, tmp_path: Path) -> None:
     if how == "dies" and traits_of(engine).once:
         pytest.skip("Ray retries it")
 
@@ -4264,9 +4236,7 @@ def in_a_forked_child(function: Any) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_forked_child_may_do_what_it_likes_with_its_copy(
-    on_joblib: Backend, tmp_path: Path
-) -> None:
+def test_forked_child_may_do_as_it_likes_with_its_copy(on_joblib: Backend, tmp_path: Path) -> None:
     with on_joblib.executor(1, cancel_futures=Policy.ALL) as executor:
         future = executor.submit(gated, tmp_path, "running", 1)
         has_started(tmp_path, "running")
@@ -4332,9 +4302,7 @@ def test_fork_during_a_spawn_hides_no_death(on_joblib: Backend, monkeypatch: Any
         os.waitpid(child, 0)
 
 
-def test_a_child_forked_while_a_worker_starts_can_start_its_own(
-    on_joblib: Backend, monkeypatch: Any
-) -> None:
+def test_child_forked_in_a_start_can_start_its_own(on_joblib: Backend, monkeypatch: Any) -> None:
     """A start holds locks of multiprocessing's, which nobody in the child would release."""
     from multiprocessing import resource_tracker
 
@@ -4366,9 +4334,7 @@ def test_a_child_forked_while_a_worker_starts_can_start_its_own(
         assert future.result(LONG) == 1
 
 
-def test_where_no_worker_can_be_started_all_fails_soon(
-    on_joblib: Backend, monkeypatch: Any
-) -> None:
+def test_where_no_worker_can_start_all_fails_soon(on_joblib: Backend, monkeypatch: Any) -> None:
     tried = []
 
     def fail(*_: Any) -> None:
@@ -5052,9 +5018,7 @@ def test_ray_refuses_options_of_other_names_and_several_results(on_ray: Backend)
         on_ray.executor(num_returns=2)
 
 
-def test_ray_retries_exceptions_if_asked_those_of_single_items(
-    on_ray: Backend, tmp_path: Path
-) -> None:
+def test_ray_retries_exceptions_of_single_items_if_asked(on_ray: Backend, tmp_path: Path) -> None:
     def fail_once() -> int:
         with contextlib.suppress(FileExistsError):
             (tmp_path / "failed").mkdir()
@@ -5844,9 +5808,7 @@ THREADS = (
         ("4", {"OMP_NUM_THREADS": "8"}, 1, dict.fromkeys(THREADS, 1)),  # inner_max_num_threads
     ],
 )
-def test_threads_of_numpy_in_two_workers(
-    on_joblib, monkeypatch, tmp_path, cpus, env, inner, expected
-):
+def test_blas_threads_in_two_workers(on_joblib, monkeypatch, tmp_path, cpus, env, inner, expected):
     joblib = pytest.importorskip("joblib")
     pytest.importorskip("numpy")
     pytest.importorskip("threadpoolctl")
