@@ -48,9 +48,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, settings, stateful
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import invariant, precondition, rule
 
 import parallel_backend as pb
 from parallel_backend import CancellationPolicy as Policy
@@ -2058,9 +2058,8 @@ def test_sequential_task_may_wait_for_another() -> None:
         assert executor.submit(lambda: executor.submit(identity, 1).result(1)).result(1) == 1
         results = executor.map(lambda n: executor.submit(identity, n).result(5), range(4))
         assert list(results) == [0, 1, 2, 3]
-        waited = executor.submit(
-            lambda n: executor.submit(abs, n).result(0), executor.submit(int, -5)
-        )
+        five = executor.submit(int, 5)
+        waited = executor.submit(lambda n: executor.submit(abs, n).result(0), five)
         assert waited.result(0) == 5
     assert backend.get(backend.wrap(lambda: backend.get(start(2)))()) == 2
 
@@ -4521,9 +4520,7 @@ class ManualEngine(pb._Engine):
         self.closed += 1
 
 
-class Core(RuleBasedStateMachine):
-    """Keeps its promises in any order of events."""
-
+class Core(stateful.RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.engine = ManualEngine()
@@ -4679,8 +4676,9 @@ class Core(RuleBasedStateMachine):
             assert got == list(range(len(got)))
 
 
-TestCore = Core.TestCase  # runs the machine
-TestCore.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, database=None)
+def test_core_keeps_its_promises_in_any_order() -> None:
+    often = settings(max_examples=150, stateful_step_count=40, deadline=None, database=None)
+    stateful.run_state_machine_as_test(Core, settings=often)
 
 
 def test_shutdown_while_a_task_is_being_taken_loses_nothing(monkeypatch: Any) -> None:
