@@ -2764,53 +2764,51 @@ def test_five_killed_workers_in_300_tasks(engine: Backend, tmp_path: Path) -> No
     assert len(runs) - len(set(runs)) <= (5 if are_retried else 0), "tasks ran twice"
 
 
-NODES = """
-    import sys, time
-    from pathlib import Path
-    from ray.cluster_utils import Cluster
-    import parallel_backend as pb
-
-    folder = Path(sys.argv[1])
-    small = {"num_cpus": 1, "object_store_memory": 80_000_000}
-    cluster = Cluster(initialize_head=True, head_node_args=small)
-    nodes = [cluster.add_node(**small) for _ in range(2)]
-    cluster.wait_for_nodes()
-    import ray
-    ray.init(cluster.address, logging_level="ERROR", log_to_driver=False)
-    backend = pb.init_parallel_backend("ray")
-    assert backend.effective_n_jobs() == 3
-
-    def work(n):
-        (folder / f"{n}-{ray.get_runtime_context().get_node_id()}").touch()
-        time.sleep(0.1)
-        return n
-
-    with backend.executor(cancel_futures=False) as executor:
-        try:
-            print(executor.submit(len, bytes(200_000_000)).result(50))
-        except Exception as error:
-            print("error:", type(error).__name__, error)
-        assert executor.submit(len, b"123").result(50) == 3
-        futures = [executor.submit(work, n) for n in range(40)]
-        # Not the one to which this driver is connected, which may be any.
-        here = ray.get_runtime_context().get_node_id()
-        ids = {n["RayletSocketName"]: n["NodeID"] for n in ray.nodes()}
-        node = next(n for n in nodes if ids[n.raylet_socket_name] != here)
-        victim = ids[node.raylet_socket_name]
-        while not any(path.name.endswith(victim) for path in folder.iterdir()):
-            time.sleep(0.005)
-        cluster.remove_node(node, allow_graceful=False)
-        assert [future.result(60) for future in futures] == list(range(40))
-    print("ok")
-    ray.shutdown()
-    cluster.shutdown()
-"""
-
-
 @pytest.mark.timeout(120)
 def test_ray_argument_larger_than_a_store_and_node_removed(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    done = run_script(NODES, str(tmp_path), timeout=110, env={"RAY_ADDRESS": ""})
+    code = """
+        import sys, time
+        from pathlib import Path
+        from ray.cluster_utils import Cluster
+        import parallel_backend as pb
+
+        folder = Path(sys.argv[1])
+        small = {"num_cpus": 1, "object_store_memory": 80_000_000}
+        cluster = Cluster(initialize_head=True, head_node_args=small)
+        nodes = [cluster.add_node(**small) for _ in range(2)]
+        cluster.wait_for_nodes()
+        import ray
+        ray.init(cluster.address, logging_level="ERROR", log_to_driver=False)
+        backend = pb.init_parallel_backend("ray")
+        assert backend.effective_n_jobs() == 3
+
+        def work(n):
+            (folder / f"{n}-{ray.get_runtime_context().get_node_id()}").touch()
+            time.sleep(0.1)
+            return n
+
+        with backend.executor(cancel_futures=False) as executor:
+            try:
+                print(executor.submit(len, bytes(200_000_000)).result(50))
+            except Exception as error:
+                print("error:", type(error).__name__, error)
+            assert executor.submit(len, b"123").result(50) == 3
+            futures = [executor.submit(work, n) for n in range(40)]
+            # Not the one to which this driver is connected, which may be any.
+            here = ray.get_runtime_context().get_node_id()
+            ids = {n["RayletSocketName"]: n["NodeID"] for n in ray.nodes()}
+            node = next(n for n in nodes if ids[n.raylet_socket_name] != here)
+            victim = ids[node.raylet_socket_name]
+            while not any(path.name.endswith(victim) for path in folder.iterdir()):
+                time.sleep(0.005)
+            cluster.remove_node(node, allow_graceful=False)
+            assert [future.result(60) for future in futures] == list(range(40))
+        print("ok")
+        ray.shutdown()
+        cluster.shutdown()
+    """
+    done = run_script(code, str(tmp_path), timeout=110, env={"RAY_ADDRESS": ""})
     assert "ok\n" in done.stdout, done.stdout + done.stderr
     assert done.stdout.startswith(("200000000", "error:")), done.stdout
 
@@ -3387,32 +3385,30 @@ def test_second_ctrl_c_stops_what_runs(on_joblib: Backend, tmp_path: Path) -> No
     until(lambda: not any(map(is_alive, pids)), 5)
 
 
-EARLY_CTRL_C = """
-    import os, signal
-    import parallel_backend as pb
-
-    started = pb._Process.start
-
-    def start(process):
-        popen = started(process)
-        os.killpg(0, signal.SIGINT)  # now, while it is starting: to it, and to this process
-        return popen
-
-    pb._Process.start = staticmethod(start)
-    executor = pb.init_parallel_backend("joblib").executor(1, cancel_futures=False)
-    future = executor.submit(pow, 2, 3)
-    while True:
-        try:
-            print(future.result(30))
-            break
-        except KeyboardInterrupt:
-            print("interrupted")
-    executor.shutdown()
-"""
-
-
 def test_worker_that_starts_is_safe_from_ctrl_c(on_joblib: Backend) -> None:
-    done = run_script(EARLY_CTRL_C, start_new_session=True)
+    code = """
+        import os, signal
+        import parallel_backend as pb
+
+        started = pb._Process.start
+
+        def start(process):
+            popen = started(process)
+            os.killpg(0, signal.SIGINT)  # now, while it is starting: to it, and to this process
+            return popen
+
+        pb._Process.start = staticmethod(start)
+        executor = pb.init_parallel_backend("joblib").executor(1, cancel_futures=False)
+        future = executor.submit(pow, 2, 3)
+        while True:
+            try:
+                print(future.result(30))
+                break
+            except KeyboardInterrupt:
+                print("interrupted")
+        executor.shutdown()
+    """
+    done = run_script(code, start_new_session=True)
     assert (done.stdout, done.stderr) == ("interrupted\n8\n", "")
 
 
