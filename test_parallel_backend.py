@@ -198,6 +198,8 @@ def no_environment(monkeypatch):
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left() -> Iterator[None]:
     """No thread, file or process of ours outlives the tests."""
+    # Programs that a shell has put into the background ignore it, as do those that they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     psutil = pytest.importorskip("psutil")
     objects = shared_objects()
     yield
@@ -235,6 +237,7 @@ def is_alive(pid: int) -> bool:
 
 def say_started(folder: Path, name: str) -> None:
     """In one step, with the process's id."""
+    folder.mkdir(exist_ok=True)
     (folder / f"{name}.new").write_text(str(os.getpid()))
     (folder / f"{name}.new").rename(folder / f"{name}.started")
 
@@ -253,6 +256,7 @@ def has_started(folder: Path, name: str) -> int:
 
 
 def open_gate(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
     (folder / "gate").touch()
 
 
@@ -2173,7 +2177,6 @@ def test_what_runs_is_running_and_nothing_else(parallel: Backend, tmp_path: Path
         wait([executor.submit(identity, n) for n in range(500)], LONG)
         for n in range(10):
             folder = tmp_path / str(n)
-            folder.mkdir()
             futures = [executor.submit(gated, folder, str(m)) for m in range(7)]
             pids = {has_started(folder, str(m)) for m in range(3)}
             assert len(pids) == (3 if traits_of(parallel).own_process else 1)
@@ -2361,8 +2364,6 @@ def test_leaving_a_map_stops_its_chunks(stopping: Backend, tmp_path: Path) -> No
 
 def test_abandoned_map_cancels_what_waits(parallel: Backend, tmp_path: Path) -> None:
     folders = [tmp_path / name for name in "abc"]
-    for folder in folders:
-        folder.mkdir()
     with parallel.executor(1, cancel_futures=False) as executor:
         results = executor.map(gated, folders, "abc", "abc", chunksize=1)
         open_gate(folders[0])
@@ -2711,7 +2712,6 @@ def test_a_fresh_worker_takes_what_waits_behind_a_long_one(engine: Backend, tmp_
         wait([executor.submit(identity, n) for n in range(300)], LONG)
         for n in range(many(engine, 5)):
             folder = tmp_path / str(n)
-            folder.mkdir()
             long = executor.submit(gated, folder, "long")
             dies = executor.submit(leave)
             short = [executor.submit(identity, m) for m in range(20)]
@@ -2883,22 +2883,16 @@ def test_what_cannot_be_sent_is_named(engine: Backend, kind: str) -> None:
     space: dict[str, Any] = {"__name__": "__main__"}
     exec(code, space)  # noqa: S102
     space["lock"] = lock
+    attribute = r"the attribute 'lock' of \['box'\] of argument 1 of identity"
     calls: dict[str, Any] = {
-        "global": (space["use"],),
-        "closure": (lambda: lock,),
-        "argument": (identity, [1, lock]),
-        "attribute": (identity, {"box": box}),
-        "partial": (functools.partial(identity, lock),),
+        "global": ("the global 'lock' of use", space["use"]),
+        "closure": ("the variable 'lock' of .*<lambda>", lambda: lock),
+        "argument": ("item 2 of argument 1 of identity", identity, [1, lock]),
+        "attribute": (attribute, identity, {"box": box}),
+        "partial": ("item 1 of ", functools.partial(identity, lock)),
     }
-    where = {
-        "global": "the global 'lock' of use",
-        "closure": "the variable 'lock' of .*<lambda>",
-        "argument": "item 2 of argument 1 of identity",
-        "attribute": r"the attribute 'lock' of \['box'\] of argument 1 of identity",
-        "partial": "item 1 of ",
-    }[kind]
+    where, function, *arguments = calls[kind]
     with engine.executor(1) as executor:
-        function, *arguments = calls[kind]
         for future in (executor.submit(function, *arguments), engine.wrap(function)(*arguments)):
             with pytest.raises(pickle.PicklingError, match=where):
                 future.result(LONG)
@@ -4060,17 +4054,17 @@ MOUNTS = {
 }
 
 
-def has_ended(pid: int) -> bool:
-    return not is_alive(pid)
-
-
 @pytest.mark.parametrize("place", PLACES)
 def test_place(place: str, tmp_path: Path, on_joblib: Backend) -> None:
     psutil = pytest.importorskip("psutil")
     body = textwrap.dedent(PLACES[place])
     script = tmp_path / "place.py"
     script.write_text(f"{PLACE}{body}\nif __name__ == '__main__':\n    print('ok', flush=True)\n")
-    files = shared_objects() | semaphores(has_ended)
+
+    def files() -> set[Path]:
+        return shared_objects() | semaphores(lambda pid: not is_alive(pid))
+
+    before = files()
     command = [sys.executable, "-W", "ignore::DeprecationWarning", str(script)]  # of os.fork()
     if place in MOUNTS:
         if not shutil.which("unshare") or run(["unshare", "-m", "true"]).returncode:
@@ -4092,7 +4086,7 @@ def test_place(place: str, tmp_path: Path, on_joblib: Backend) -> None:
         return found
 
     until(lambda: not left(), 10)
-    until(lambda: shared_objects() | semaphores(has_ended) <= files, 10)
+    until(lambda: files() <= before, 10)
 
 
 @pytest.mark.timeout(120)
@@ -4322,25 +4316,20 @@ def test_a_missing_package_is_an_import_error_with_the_install_line(blocker):
     assert (done.stdout, done.stderr) == (3 * "joblib True\n" + 3 * "ray True\n", "")
 
 
-@pytest.fixture(params=[*LOCAL, "ray"])
-def backend_class(request):
-    if request.param == "ray":
-        fake = request.getfixturevalue("fake_ray")
-        fake.init()
-    return pb.ParallelBackend.BACKENDS[request.param]
-
-
 @pytest.mark.parametrize(
     ("error", "said", "arguments"),
     [
-        *((ValueError, "^max_workers must be greater than 0$", [n]) for n in (0, -1)),
-        *((TypeError, "max_workers", [n]) for n in (2.0, "2", True, [2])),
-        *((TypeError, "cancel_futures", [1, policy]) for policy in ("ALL", 1, None, 0.5)),
+        (ValueError, "^max_workers must be greater than 0$", {"max_workers": 0}),
+        (ValueError, "^max_workers must be greater than 0$", {"max_workers": -1}),
+        *((TypeError, "max_workers", {"max_workers": n}) for n in (2.0, "2", True, [2])),
+        *((TypeError, "cancel_futures", {"cancel_futures": p}) for p in ("ALL", 1, None, 0.5)),
     ],
 )
-def test_executor_refuses(backend_class, error, said, arguments):
-    with pytest.raises(error, match=said):
-        backend_class.executor(**dict(zip(["max_workers", "cancel_futures"], arguments)))
+def test_executor_refuses(fake_ray, error, said, arguments):
+    fake_ray.init()
+    for name in BUILT_IN:
+        with pytest.raises(error, match=said):
+            Backend.BACKENDS[name].executor(**arguments)
 
 
 def test_shutdown_refuses_a_policy_of_another_type_and_stays_usable(backend: Backend) -> None:
@@ -5333,9 +5322,7 @@ RECORDED = {
     "mount root with a space": (
         *("0::/my jobs/1\n", V2.replace(" / ", r" /my\040jobs "), v2("/1", 2), [2]),
     ),
-    "mount point with NUL": (
-        *("0::/\n", V2.replace("cgroup rw", r"\000 rw") + V2, v2("", 2), [2]),
-    ),
+    "mount point with NUL": ("0::/\n", V2.replace("cgroup rw", r"\000 rw") + V2, v2("", 2), [2]),
     "unusual mount point": (
         *("2:cpu,cpuacct:/job\n", "50 1 0:31 / /cgroup rw - cgroup none rw,cpu,cpuacct\n"),
         {"cgroup/job/cpu.cfs_quota_us": "200000\n", "cgroup/job/cpu.cfs_period_us": "100000\n"},
