@@ -2256,9 +2256,7 @@ def end(executor: Executor, policy: Policy | bool, way: str) -> None:
 
 @pytest.mark.parametrize("way", ["block", "exception", "shutdown"])
 @pytest.mark.parametrize("policy", [Policy.NONE, Policy.PENDING, False, True], ids=str)
-def test_policies_that_let_tasks_run(
-    parallel: Backend, policy: Policy | bool, way: str, tmp_path: Path
-) -> None:
+def test_policy_lets_tasks_run(parallel: Backend, policy: Any, way: str, tmp_path: Path) -> None:
     other = not policy  # which shutdown() overrides
     executor = parallel.executor(1, cancel_futures=other if way == "shutdown" else policy)
     running = executor.submit(gated, tmp_path, "running", 1)
@@ -4859,7 +4857,6 @@ def test_a_driver_by_ray_client(ray_cluster: Any, tmp_path: Path) -> None:
     env = {**os.environ, **ray_address()}
     command = [sys.executable, "-c", textwrap.dedent(server)]
     with subprocess.Popen(command, text=True, env=env, **pipes) as process:
-        assert process.stdin is not None and process.stdout is not None
         try:
             port = next(line for line in process.stdout if line.strip().isdigit()).strip()
             done = run_script(driver, port, str(tmp_path / "begun"), env={"RAY_ADDRESS": ""})
@@ -5444,9 +5441,7 @@ def plain():
     return ask(COUNTS.format([]))[0]
 
 
-needs_affinity = pytest.mark.skipif(
-    not hasattr(os, "sched_setaffinity"), reason="it has no such mask"
-)
+needs_affinity = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no such mask")
 
 
 @pytest.fixture
