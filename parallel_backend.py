@@ -1019,18 +1019,20 @@ class _LaterSignals:
     def later(self, number: int, frame: Any) -> None:
         if _LaterSignals.now is self:
             self.came.append((number, frame))
-        else:  # two in a row have kept end() from putting this one back
+        else:  # another one came just then, and has kept put_back() from this one
             signal.signal(number, self.handlers[number])
             self.handlers[number](number, frame)
 
+    def put_back(self, numbers: list[int]) -> None:
+        if numbers:
+            try:
+                signal.signal(numbers[0], self.handlers[numbers[0]])
+            finally:  # also if that handler is called at once, and raises
+                self.put_back(numbers[1:])
+
     def end(self) -> None:
         try:
-            for number, handler in self.handlers.items():
-                signal.signal(number, handler)
-        except BaseException:  # one of those put back was called at once, and has raised
-            for number, handler in self.handlers.items():
-                signal.signal(number, handler)
-            raise
+            self.put_back([*self.handlers])
         finally:
             _LaterSignals.now = None
             came, self.came = self.came, []
@@ -1366,7 +1368,10 @@ class _Map:
         self.first = 0  # the index of the first of them
         self.outcomes: dict[int, tuple[list[Any], BaseException | None]] = {}
         """By the index of its first item: the results, then what was raised. Under ``_lock``."""
-        self.changed = threading.Condition(_lock)  # notified of outcomes
+        # Has something when the next outcome is there, if somebody waits for it, which is under ``_lock``.
+        # No Condition: a Ctrl-C in the middle of its wait() may find the lock released, and become an error.
+        self.news: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.is_awaited = False
         self.abandoned = False  # nobody will ask for further results
 
     def size(self, left: int) -> int:
@@ -1413,7 +1418,9 @@ class _Map:
     def tell(self, start: int, values: list[Any], failure: BaseException | None) -> None:
         with _lock:
             self.outcomes[start] = (values, failure)
-            self.changed.notify_all()
+            if self.is_awaited:
+                self.is_awaited = False
+                self.news.put(None)
 
     def finish(self, chunk: _Chunk, reply: Reply) -> None:
         values, failure, begun, seconds = reply
@@ -1566,23 +1573,23 @@ class _Core:
 
     def add_waiting(self, task: _Task, futures: Sequence[Future[Any]]) -> None:
         """Take a task that has these futures among its arguments. It waits without a worker."""
-        try:
+        with _LaterSignals():
             with _lock:
                 self.check_open()
                 task.place = _WAITING
                 task.awaits = len(futures)
                 self.works.add(task)
-            if not _under_a_lock() and all(future.done() for future in futures):
-                self.release(task)
-                return
-            for future in futures:
-                future.add_done_callback(functools.partial(self.arrive, task))
-        except BaseException:
-            with _lock:
-                task.place = _DONE  # a Ctrl-C: nobody gets its future, and release() passes it over
-                self.works.discard(task)
-            self.hungry = True  # release() may not have called feed(), as in add()
-            raise
+            try:
+                if not _under_a_lock() and all(future.done() for future in futures):
+                    self.release(task)
+                    return
+                for future in futures:
+                    future.add_done_callback(functools.partial(self.arrive, task))
+            except BaseException:  # of a future of somebody else's
+                with _lock:
+                    task.place = _DONE  # release() passes it over
+                    self.works.discard(task)
+                raise
 
     def arrive(self, task: _Task, _: Future[Any]) -> None:
         """A future among its arguments is done: this is a callback, in whichever thread tells it."""
@@ -2107,16 +2114,21 @@ class ParallelExecutor(Executor):
             try:
                 while True:
                     with _lock:
-                        while not (index in source.outcomes if ordered else source.outcomes):
-                            if index == source.first + source.left:
-                                return  # all that were read are yielded
-                            left = None if deadline is None else deadline - time.monotonic()
-                            if (left is not None and left <= 0) or not source.changed.wait(left):
-                                raise FutureTimeoutError(
-                                    f"map() took longer than {timeout} seconds"
-                                )
-                        start = index if ordered else next(iter(source.outcomes))
-                        values, failure = source.outcomes.pop(start)
+                        start = index if ordered else next(iter(source.outcomes), -1)
+                        outcome = source.outcomes.pop(start, None)
+                        source.is_awaited = outcome is None
+                        if outcome is None and index == source.first + source.left:
+                            return  # all that were read are yielded
+                    if outcome is None:
+                        left = None if deadline is None else max(deadline - time.monotonic(), 0)
+                        try:
+                            source.news.get(timeout=left)
+                        except queue.Empty:
+                            message = f"map() took longer than {timeout} seconds"
+                            raise FutureTimeoutError(message) from None
+                        continue
+                    values, failure = outcome
+                    del outcome
                     index += len(values)
                     values.reverse()
                     while values:

@@ -3414,21 +3414,56 @@ def test_ctrl_c_in_a_sequential_task_goes_to_the_program() -> None:
         done.clear()
 
 
-def test_ctrl_c_in_the_core_itself_leaves_nothing_to_wait_for(monkeypatch: Any) -> None:
-    executor = pb.SequentialParallelBackend().executor(cancel_futures=Policy.NONE)
-    end = pb._Core.end
+def test_a_signal_at_any_moment_leaves_nothing_to_wait_for() -> None:
+    """In a process of its own, for pytest uses that timer. Without _LaterSignals, a quarter of the signals
+    leaves an executor that can't be shut down."""
+    ran = run_script("""
+        import random, signal, threading
+        from concurrent.futures import ThreadPoolExecutor
+        import parallel_backend as pb
 
-    def interrupted(self: Any, outcomes: Any) -> None:
-        if outcomes:
-            monkeypatch.setattr(pb._Core, "end", end)
-            raise KeyboardInterrupt
+        class Now(BaseException):
+            pass
 
-    monkeypatch.setattr(pb._Core, "end", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        executor.submit(identity, 1)
-    assert executor.submit(identity, 2).result(0) == 2
-    executor.shutdown()
-    assert not executor._core.works  # type: ignore[attr-defined]
+        def raise_now(*_):
+            raise Now
+
+        def submit(executor):
+            executor.submit(abs, 1)
+
+        def cancel(executor):
+            executor.submit(abs, 1).cancel()
+
+        def wait_for_one(executor):
+            executor.submit(abs, executor.submit(abs, 1))
+
+        def read_a_map(executor):
+            next(executor.map(abs, range(9), buffersize=4))
+
+        kinds = {
+            pb.SequentialParallelBackend.executor: 60,
+            lambda: pb.ParallelBackend.over(ThreadPoolExecutor(1)): 20,
+        }
+        signal.signal(signal.SIGALRM, raise_now)
+        for act in (submit, cancel, wait_for_one, read_a_map):
+            for made, times in kinds.items():
+                for _ in range(times):
+                    executor = made()
+                    try:
+                        # Again, for Python drops what is raised in a callback of a weak reference.
+                        signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0003, 0.003), 0.1)
+                        while True:
+                            act(executor)
+                    except Now:
+                        signal.setitimer(signal.ITIMER_REAL, 0)
+                    end = threading.Thread(target=executor.shutdown, daemon=True)
+                    end.start()
+                    end.join(20)
+                    assert not end.is_alive(), (act, executor, executor._core.works)
+                    assert signal.getsignal(signal.SIGALRM) is raise_now
+        print("ok")
+    """)
+    assert (ran.returncode, ran.stdout) == (0, "ok\n"), ran.stderr
 
 
 # --- 3.7 Cost -------------------------------------------------------------------------------------
