@@ -3930,8 +3930,11 @@ PLACES = {
                 assert executor.submit(where).result(20) == (folder, colour)
     """,
     "a task that changes folder, environment or sys.path": """
+        def to_a_folder_that_goes():
+            os.chdir(tempfile.mkdtemp())
+            os.rmdir(os.getcwd())
         changes = [
-            lambda: os.chdir("/usr"),
+            to_a_folder_that_goes,
             lambda: os.environ.update(COLOUR="green"),
             lambda: sys.path.append("/nowhere"),
         ]
