@@ -2869,6 +2869,11 @@ def test_any_callable_goes(backend: Backend, kind: str) -> None:
     assert backend.get(backend.wrap(callables()[kind])(41), timeout=LONG) == 42
 
 
+def test_a_method_of_a_list_goes_with_its_list(backend: Backend) -> None:
+    with backend.executor(1) as executor:
+        assert [executor.submit([n].pop).result(LONG) for n in (1, 1, 2)] == [1, 1, 2]
+
+
 @pytest.mark.parametrize("kind", ["global", "closure", "argument", "attribute", "partial"])
 def test_what_cannot_be_sent_is_named(engine: Backend, kind: str) -> None:
     lock = threading.Lock()
