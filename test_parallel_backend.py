@@ -3363,17 +3363,17 @@ def test_worker_that_starts_is_safe_from_ctrl_c(on_joblib: Backend) -> None:
 
         pb._Process.start = staticmethod(start)
         executor = pb.init_parallel_backend("joblib").executor(1, cancel_futures=False)
-        future = executor.submit(pow, 2, 3)
+        future = executor.submit(signal.getsignal, signal.SIGINT)
         while True:
             try:
-                print(future.result(30))
+                print(future.result(30).__name__)
                 break
             except KeyboardInterrupt:
                 print("interrupted")
         executor.shutdown()
     """
     done = run_script(code, start_new_session=True)
-    assert (done.stdout, done.stderr) == ("interrupted\n8\n", "")
+    assert (done.stdout, done.stderr) == ("interrupted\ndefault_int_handler\n", "")
 
 
 def test_an_interrupted_feed_leaves_nobody_deaf(engine: Backend, monkeypatch: Any) -> None:
