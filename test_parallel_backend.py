@@ -1108,6 +1108,9 @@ def test_a_worker_keeps_no_object_with_a_closure(on_joblib: Backend) -> None:
         for _ in range(5):
             assert executor.submit(held()).result(LONG) == 1 << 20
         gc.collect()
+        last = on_joblib.put(bytes(1 << 20))
+        mapped = executor.submit(lambda _: Path("/proc/self/maps").read_text(), last)
+        assert mapped.result(LONG).count("parallel_backend_") == 1, "the gone are not mapped"
         maps = Path(f"/proc/{executor.submit(os.getpid).result(LONG)}/maps")
         until(lambda: "parallel_backend_" not in maps.read_text())
 
