@@ -1140,7 +1140,8 @@ def test_closures_over_a_large_object_copy_it_never(engine: Backend) -> None:
 @pytest.mark.parametrize("policy", [Policy.NONE, Policy.PENDING])
 def test_over_a_pool_of_processes(policy: Policy, tmp_path: Path) -> None:
     """Over one of threads, all of the contract is run."""
-    with Backend.over(spawned_pool(), cancel_futures=policy) as executor:
+    inner = spawned_pool()
+    with Backend.over(inner, cancel_futures=policy) as executor:
         assert executor.submit(divmod, 7, 2).result(LONG) == (3, 1)
         assert type(executor.submit(divmod, 1, 0).exception(LONG)) is ZeroDivisionError
         squares = executor.map(pow, range(200), itertools.repeat(2))
@@ -1155,6 +1156,8 @@ def test_over_a_pool_of_processes(policy: Policy, tmp_path: Path) -> None:
     opener.join()
     cancelled = [future.cancelled() for future in futures]
     assert cancelled == [policy is Policy.PENDING and n > 1 or n == 5 for n in range(6)]
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        inner.submit(int)
     with pytest.raises(TypeError, match="max_workers"):
         Backend.over(Executor())
 
