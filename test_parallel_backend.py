@@ -4996,6 +4996,19 @@ def test_ray_cluster_that_grows_is_used(on_ray: Backend, tmp_path: Path) -> None
         open_gate(tmp_path)
 
 
+def test_ray_cluster_that_grows_beyond_max_workers(on_ray: Backend, tmp_path: Path) -> None:
+    with on_ray.executor(2) as executor:
+        engine = executor._core.engine  # type: ignore[attr-defined]
+        engine.capacity, engine.measured = 1, math.inf  # of a small one, for which more was lent
+        futures = [executor.submit(gated, tmp_path, str(n)) for n in range(8)]
+        for n in range(4):
+            has_started(tmp_path, str(n))
+        engine.measured = 0.0
+        until(lambda: len(engine.lent) == 4, 10)  # what has not begun is back
+        open_gate(tmp_path)
+        wait(futures, LONG)
+
+
 def test_ray_executor_inside_tasks_that_fill_the_cpus(on_ray: Backend) -> None:
     def outer(n: int) -> int:
         from parallel_backend import init_parallel_backend
