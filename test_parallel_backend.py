@@ -5130,6 +5130,8 @@ def test_what_ray_holds_goes_on_by_reference_and_is_freed(ray_cluster: Any) -> N
     with backend.executor(1) as executor:
         size = executor.submit(lambda box, more: len(box[0]) + len(more), [handle], future)
         assert size.result(LONG) == 2 << 20
+        engine = executor._core.engine  # type: ignore[attr-defined]
+        until(lambda: not engine.dependents, 10)  # nobody holds the reference to its reply
 
     names = {ref.hex() for ref in refs}
     del handle, future, size, refs
