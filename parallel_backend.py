@@ -2902,10 +2902,24 @@ def _may_share(fn: Any, arguments: Any, how: Any) -> bool:
     in one pickle, so that it stays one object."""
     if getattr(fn, "__closure__", None) is not None or not hasattr(fn, "__code__"):
         return True
-    used = {id(fn.__globals__.get(name)) for name in fn.__code__.co_names}
+    used: set[int] = set()
+    _add_used(fn.__code__, fn.__globals__, used)
     given = itertools.chain(*arguments) if how is True else arguments
     named = how.values() if isinstance(how, dict) else ()
     return any(type(v) not in _ATOMS and id(v) in used for v in itertools.chain(given, named))
+
+
+def _add_used(code: types.CodeType, space: dict[str, Any], used: set[int]) -> None:
+    """Add the ids of the globals that code uses, its lambdas and the functions among those globals, too."""
+    for name in code.co_names:
+        value = space.get(name)
+        if id(value) not in used:
+            used.add(id(value))
+            if type(value) is types.FunctionType and value.__globals__ is space:
+                _add_used(value.__code__, space, used)
+    for constant in code.co_consts:
+        if type(constant) is types.CodeType:
+            _add_used(constant, space, used)
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
@@ -3591,7 +3605,6 @@ class _Starter:
                 engine = self.orders.get(timeout=IDLE_SECONDS)
             if engine is not None:
                 self.start_for(engine)
-            del engine  # not to be held while waiting
             self.drop_all_but(0, before=time.monotonic() - IDLE_SECONDS)
 
     def start_for(self, engine: _LokyEngine) -> None:
@@ -3998,7 +4011,7 @@ class _LokyEngine(_Engine):
         self.failures += 1
         there = len(self.workers) + self.starting
         if there:
-            self.limit = there  # until one is up, or ends
+            self.limit = there  # until one is up
             return
         self.limit = self.max_workers
         if self.failures < _PATIENCE:
@@ -4241,9 +4254,6 @@ class _LokyEngine(_Engine):
             lost = [work for batch in worker.batches for work in batch.works]
             for work in lost:
                 work.seat = None
-            worker.batches.clear()
-            worker.outstanding = 0
-            self.limit = self.max_workers
         process.end()
         how = process.how_it_ended()
         for work in lost:
@@ -4403,6 +4413,7 @@ class _Shared(Handle[Any]):
 
         tracker = _loky_tracker()
         needed = sum(part.nbytes + 64 for part in parts)
+        prefix = f"parallel_backend_{os.getpid()}_"
         # The temporary directory is the last resort, and only then asked for: on a read-only root
         # there is none, and asking is an error.
         folders = filter(None, [os.environ.get("JOBLIB_TEMP_FOLDER"), "/dev/shm"])
@@ -4413,7 +4424,7 @@ class _Shared(Handle[Any]):
                 if not _has_room(folder, needed):
                     reason = OSError(f"{folder} has no room for {needed} bytes")
                     continue
-                descriptor, path = tempfile.mkstemp(prefix="parallel_backend_", dir=folder)
+                descriptor, path = tempfile.mkstemp(prefix=prefix, dir=folder)
             except OSError as error:
                 reason = error  # there is no such folder, or it is not for us
                 continue

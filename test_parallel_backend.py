@@ -201,14 +201,12 @@ def nothing_left() -> Iterator[None]:
     # Programs that a shell has put into the background ignore it, as do those that they start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     psutil = pytest.importorskip("psutil")
-    objects = shared_objects()
     yield
     gc.collect()
     pb._kill_workers()
     until(lambda: not our_threads())
     gc.collect()
-    until(lambda: shared_objects() <= objects)
-    until(lambda: not semaphores(lambda pid: pid == os.getpid()))
+    until(lambda: not files_of(lambda pid: pid == os.getpid()))
     children = [c for c in psutil.Process().children() if c.status() != psutil.STATUS_ZOMBIE]
     assert not [c for c in children if "popen_loky" in " ".join(c.cmdline())]
 
@@ -364,15 +362,18 @@ def ray_address() -> dict[str, str]:
     return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "RAY_LOG_TO_DRIVER": "0"}
 
 
-def shared_objects() -> set[Path]:
+def files_of(is_ours: Any, semaphores: bool = True) -> set[Path]:
+    """Objects and semaphores in shared memory, of processes that are ours by their ids: others may run
+    beside the tests."""
+    names = ["parallel_backend_*", "sem.parallel-*"][: 1 + semaphores]
     folders = map(Path, ("/dev/shm", tempfile.gettempdir()))
-    return {path for folder in folders for path in folder.glob("parallel_backend_*")}
+    paths = (path for folder in folders for name in names for path in folder.glob(name))
+    return {path for path in paths if is_ours(int(re.split("[-_]", path.name)[-2]))}
 
 
-def semaphores(is_ours: Any) -> set[Path]:
-    """Of processes that are ours, by their ids: others may run beside the tests."""
-    paths = Path("/dev/shm").glob("sem.parallel-*")
-    return {path for path in paths if is_ours(int(path.name.split("-")[1]))}
+def shared_objects() -> set[Path]:
+    """This process's own."""
+    return files_of(lambda pid: pid == os.getpid(), semaphores=False)
 
 
 class Big:
@@ -1182,6 +1183,37 @@ def test_what_an_executor_fails_at_costs_itself_alone() -> None:
         assert isinstance(bad.exception(LONG), LookupError) and good.result(LONG) == 1
 
 
+def test_futures_that_answer_with_errors_cost_themselves_alone() -> None:
+    """Those of an executor under ours, and one among a task's arguments."""
+    submitted: list[Any] = []
+
+    class Rude(Future):  # type: ignore[type-arg]
+        def cancel(self) -> bool:
+            raise ConnectionError("the scheduler is gone")
+
+        def exception(self, timeout: float | None = None) -> Any:
+            raise asyncio.CancelledError
+
+    class Odd(ThreadPoolExecutor):
+        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+            if args[1] == (1,):
+                return super().submit(fn, *args, **kwargs)
+            submitted.append(Rude() if args[1] == (2,) else Future())
+            return submitted[-1]
+
+    with Backend.over(Odd(4)) as executor:
+        rude, odd = executor.submit(identity, 2), executor.submit(identity, 3)
+        until(lambda: len(submitted) == 2)
+        assert not rude.cancel()
+        argument = Rude()
+        waiting = executor.submit(identity, argument)
+        for future in (argument, *submitted):
+            future.set_result("no reply")
+        for failed in (waiting, rude, odd):
+            assert failed.exception(LONG) is not None
+        assert executor.submit(identity, 1).result(LONG) == 1
+
+
 def spawned_pool() -> Executor:
     return ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"))
 
@@ -1406,6 +1438,14 @@ def is_the_global(model):
     return model is THE_MODEL
 
 
+def are_all_the_global(*models):
+    return all(is_the_global(model) for model in models)
+
+
+def shares_in_a_lambda(model):
+    return (lambda: THE_MODEL)() is model
+
+
 def is_it(model):
     return lambda other: other is model
 
@@ -1489,6 +1529,8 @@ def main(name):
         models = [executor.submit(moved, Model(1)).result(), *executor.map(moved, [Model(2)])]
         say("of its class", [type(model) is Model and model.offset for model in models])
         say("the same", executor.submit(is_the_global, THE_MODEL).result(), executor.submit(is_it(THE_MODEL), THE_MODEL).result())
+        say("these, too", list(executor.map(are_all_the_global, [THE_MODEL] * 2, [THE_MODEL] * 2)))
+        say("in a lambda", executor.submit(shares_in_a_lambda, THE_MODEL).result())
     with backend.executor(2, initializer=set_up, initargs=("set up",)) as executor:
         say("initializer", list(executor.map(what_was_set, range(3), chunksize=1)))
     with backend.executor(1, initializer=misfit, initargs=("own",)) as executor:
@@ -1993,8 +2035,16 @@ def test_wait_and_as_completed_and_callbacks(parallel: Backend, tmp_path: Path) 
     assert called == [quick, slow]
 
 
-def test_callback_that_fails_or_exits_hurts_nobody(parallel: Backend, caplog: Any) -> None:
+def test_callback_that_fails_or_exits_hurts_nobody(parallel: Backend, monkeypatch: Any) -> None:
+    """Not even where a handler of the log's fails at it, too."""
     called: list[Any] = []
+    logged: list[str] = []
+
+    def log(message: str, **_: Any) -> None:
+        logged.append(message)
+        raise LookupError
+
+    monkeypatch.setattr(pb._log, "critical", log)
     with parallel.executor(1) as executor:
         future = executor.submit(time.sleep, 0.2)
         future.add_done_callback(lambda _: raise_it(LookupError()))
@@ -2002,7 +2052,7 @@ def test_callback_that_fails_or_exits_hurts_nobody(parallel: Backend, caplog: An
         future.add_done_callback(called.append)
         assert [executor.submit(identity, n).result(LONG) for n in range(3)] == [0, 1, 2]
     assert called == [future]
-    assert "Exception in a callback" in caplog.text
+    assert logged == ["Exception in a callback of a task"]
 
 
 def test_eight_threads_submit_at_once(backend: Backend) -> None:
@@ -2630,6 +2680,34 @@ class Mute(Exception):
     __repr__ = __str__
 
 
+class Shy:
+    """As a lazy proxy outside of its context is."""
+
+    @property
+    def __class__(self) -> Any:
+        raise LookupError("outside of a context")
+
+    def __call__(self) -> None:
+        leave()
+
+
+class Causeless(Exception):
+    __cause__ = property(lambda self: None)  # type: ignore[assignment]
+
+
+def unsendable(lock: Any) -> Any:
+    """A function whose closure has a lock, and a cell that is empty."""
+
+    def use() -> None:
+        print(lock, error)  # noqa: F821
+
+    try:
+        raise_it(LookupError())
+    except LookupError as error:
+        del error
+    return use
+
+
 def test_odd_callables_and_exceptions_hurt_nobody(engine: Backend) -> None:
     with engine.executor(1) as executor:
         assert executor.submit(Proxy()).result(LONG) == 1
@@ -2642,6 +2720,23 @@ def test_odd_callables_and_exceptions_hurt_nobody(engine: Backend) -> None:
             error = executor.submit(identity, At(when, raise_it, Mute())).exception(LONG)
             assert isinstance(error, traits_of(engine).unreadable), repr(error)
         assert executor.submit(identity, 2).result(LONG) == 2
+
+
+def test_what_explains_a_failure_never_raises(engine: Backend) -> None:
+    """In the thread that reads replies: it would end, and all others would wait for ever."""
+    for what in (
+        (unsendable(threading.Lock()),),
+        (identity, {Mute(): threading.Lock()}),
+        (identity, At("pickle", sys.exit)),
+        (identity, At("pickle", raise_it, SyntaxError("m", (1, 2, 3, 4)))),
+        (raise_it, ValueError('seen:\n  File "\0", line 3, in x\n  File "a", line 1' + "0" * 5000)),
+        (raise_it, Causeless()),
+        (Shy(),),
+    ):
+        with engine.executor(1, **traits_of(engine).once) as executor:
+            future = executor.submit(*what)
+            assert executor.submit(identity, 2).result(LONG) == 2
+            assert future.exception(LONG) is not None
 
 
 def test_what_cannot_be_sent_or_read_back_costs_itself_alone(engine: Backend) -> None:
@@ -3279,10 +3374,9 @@ def started_driver(engine: Backend, policy: str, folder: Path) -> Any:
 
 
 def test_driver_killed(engine: Backend, tmp_path: Path) -> None:
-    files = shared_objects()
     driver = started_driver(engine, "PENDING", tmp_path)
     pids = [has_started(tmp_path, name) for name in ("sleep", "loop")]
-    ours = shared_objects() - files
+    ours = files_of(lambda pid: pid == driver.pid, semaphores=False)
     assert bool(ours) == traits_of(engine).has_files
     driver.kill()
     driver.communicate(timeout=LONG)
@@ -3670,7 +3764,9 @@ def test_a_limit_is_kept_while_a_callback_blocks(engine: Backend, tmp_path: Path
 
         late = executor.submit(sleep_for_long, tmp_path, "late")
         pid = has_started(tmp_path, "late")
-        executor.submit(identity, 1).add_done_callback(block)
+        argument: Future[int] = Future()  # until the callback is there, which else would block us
+        executor.submit(identity, argument).add_done_callback(block)
+        argument.set_result(1)
         assert entered.wait(LONG)
         until(lambda: not is_alive(pid))
         open_gate(tmp_path)
@@ -4108,7 +4204,7 @@ def test_place(place: str, tmp_path: Path, on_joblib: Backend) -> None:
     script.write_text(f"{PLACE}{body}\nif __name__ == '__main__':\n    print('ok', flush=True)\n")
 
     def files() -> set[Path]:
-        return shared_objects() | semaphores(lambda pid: not is_alive(pid))
+        return files_of(lambda pid: not is_alive(pid))
 
     before = files()
     command = [sys.executable, "-W", "ignore::DeprecationWarning", str(script)]  # of os.fork()
