@@ -365,10 +365,9 @@ def ray_address() -> dict[str, str]:
 def files_of(is_ours: Any, semaphores: bool = True) -> set[Path]:
     """Objects and semaphores in shared memory, of processes that are ours by their ids: others may run
     beside the tests."""
-    names = ["parallel_backend_*", "sem.parallel-*"][: 1 + semaphores]
-    folders = map(Path, ("/dev/shm", tempfile.gettempdir()))
-    paths = (path for folder in folders for name in names for path in folder.glob(name))
-    return {path for path in paths if is_ours(int(re.split("[-_]", path.name)[-2]))}
+    ours = re.compile("(parallel_backend_" + "|sem[.]parallel-" * semaphores + r")(\d+)[-_]")
+    paths = [*Path("/dev/shm").iterdir(), *Path(tempfile.gettempdir()).iterdir()]
+    return {p for p in paths if (found := ours.match(p.name)) and is_ours(int(found[2]))}
 
 
 def shared_objects() -> set[Path]:
