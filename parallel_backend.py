@@ -967,8 +967,21 @@ def _report(message: str, error: BaseException | None = None) -> None:
         _log.critical(message, exc_info=error or True)
 
 
+# What signal is made of, private but there since Python 3.4: without the enums that take most of its time.
+_signal: Any = importlib.import_module("_signal")
 _RAISING = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGALRM")]
 """The signals whose handlers usually raise: Ctrl-C, a request to end, a time limit."""
+
+
+def _in_main_thread() -> bool:
+    # Not current_thread(): for a thread that threading does not know, it makes an entry that stays.
+    return threading.get_ident() == threading.main_thread().ident
+
+
+def _have_room(frames: int) -> None:
+    """RecursionError, if the stack has no room for so many: rather now than while a task moves."""
+    if frames:
+        _have_room(frames - 1)
 
 
 class _LaterSignals:
@@ -978,11 +991,12 @@ class _LaterSignals:
 
     So all that moves tasks is in one of these, from where the user has called until it returns. Only code of
     the user's inside of it, which may take its time and knows what to do with a Ctrl-C, is in a
-    :class:`_SignalsNow`. (submit() does without, for its speed: it puts right what was interrupted.)
+    :func:`_signals_now`. (submit() does without, for its speed: it puts right what was interrupted.)
     """
 
-    # Classes and not generators: a handler may raise before the block is entered. A generator would then
-    # rest where it is, and go on whenever it is dropped.
+    # A class and no generator: a handler may raise before the block is entered. A generator would then rest
+    # where it is, and go on whenever it is dropped.
+    # What siginterrupt() has set for a signal, signal() forgets, and nobody can ask for it.
 
     now: ClassVar[_LaterSignals | None] = None  # the outermost one, while it puts signals off
 
@@ -992,7 +1006,10 @@ class _LaterSignals:
         self.is_outermost = False
 
     def __enter__(self) -> None:
-        if _LaterSignals.now is None and threading.current_thread() is threading.main_thread():
+        if _LaterSignals.now is not None:
+            return
+        _have_room(40)
+        if _in_main_thread():
             self.is_outermost = True
             try:
                 self.begin()
@@ -1005,34 +1022,46 @@ class _LaterSignals:
             self.end()
 
     def begin(self) -> None:
+        _LaterSignals.now = (
+            self  # first: a child that another thread forks now finds who is to end()
+        )
         for number in filter(None, _RAISING):
-            handler = signal.getsignal(number)
-            if callable(handler) and handler != self.later:
+            handler = _signal.getsignal(number)
+            if handler == self.later:
+                continue
+            self.handlers.pop(number, None)  # the user's code may have taken it away since
+            if callable(handler):
                 self.handlers[number] = handler
                 try:
-                    signal.signal(number, self.later)
+                    _signal.signal(number, self.later)
                 except ValueError:  # in a subinterpreter, whose main thread handles none
                     self.handlers.clear()
                     break
-        _LaterSignals.now = self
 
     def later(self, number: int, frame: Any) -> None:
         if _LaterSignals.now is self:
             self.came.append((number, frame))
         else:  # another one came just then, and has kept put_back() from this one
-            signal.signal(number, self.handlers[number])
+            _signal.signal(number, self.handlers[number])
             self.handlers[number](number, frame)
 
     def put_back(self, numbers: list[int]) -> None:
         if numbers:
             try:
-                signal.signal(numbers[0], self.handlers[numbers[0]])
+                if (
+                    _signal.getsignal(numbers[0]) == self.later
+                ):  # else the program has another by now
+                    _signal.signal(numbers[0], self.handlers[numbers[0]])
             finally:  # also if that handler is called at once, and raises
                 self.put_back(numbers[1:])
 
     def end(self) -> None:
         try:
-            self.put_back([*self.handlers])
+            try:
+                self.put_back([*self.handlers])
+            except BaseException:  # of a handler that is back already: the others, too
+                self.put_back([*self.handlers])
+                raise
         finally:
             _LaterSignals.now = None
             came, self.came = self.came, []
@@ -1041,23 +1070,21 @@ class _LaterSignals:
                     stack.callback(self.handlers[number], number, frame)
 
 
-class _SignalsNow:
-    """Around code of the user's inside of _LaterSignals: signals are handled, those that have come first."""
-
-    def __enter__(self) -> None:
-        self.outer = _LaterSignals.now
-        if self.outer is not None and threading.current_thread() is threading.main_thread():
-            try:
-                self.outer.end()
-            except BaseException:
-                self.outer.begin()
-                raise
-        else:
-            self.outer = None
-
-    def __exit__(self, *_: object) -> None:
-        if self.outer is not None:
-            self.outer.begin()
+def _signals_now(function: Callable[..., T], *args: Any) -> T:
+    """Call code of the user's inside of _LaterSignals: signals are handled, those that have come first."""
+    outer = _LaterSignals.now
+    if outer is None or not _in_main_thread():
+        return function(*args)
+    # No context manager: a signal at the first step of its __exit__() would keep that from beginning.
+    try:
+        outer.end()
+        return function(*args)
+    finally:
+        try:
+            outer.begin()
+        except BaseException:  # of a handler: those after it are put off
+            outer.begin()
+            raise
 
 
 Call = tuple["Callable[..., Any]", Any, Any, "float | None"]
@@ -1233,6 +1260,10 @@ class _Work:
         raise NotImplementedError
 
 
+class _Arrival(functools.partial[Any]):
+    """A callback of our own, in which no signal is to be handled: the task that waits would wait for ever."""
+
+
 class _Task(_Work, Future[Any]):
     """The future of one task."""
 
@@ -1294,9 +1325,11 @@ class _Task(_Work, Future[Any]):
         callbacks = collections.deque(cast("Any", self)._done_callbacks)  # private, as above
         while callbacks:
             try:
-                with _SignalsNow():
-                    # In here: if a signal comes first, and raises, it is still to be called.
+                if isinstance(callbacks[0], _Arrival):
                     callbacks.popleft()(self)
+                    continue
+                # In there: if a signal comes first, and raises, it is still to be called.
+                _signals_now(lambda: callbacks.popleft()(self))
             except Exception:
                 with contextlib.suppress(Exception):  # as in _report()
                     logging.getLogger("concurrent.futures").exception(
@@ -1535,11 +1568,7 @@ class _Core:
             with _lock:
                 self.check_open()
                 if isinstance(new, _Map):
-                    if not new.left:
-                        self.pending.append(new)
-                    new.blocks.append(block or [])
-                    new.left += len(block or ())
-                    self.uncut += len(block or ())
+                    self.add_block(new, block or [])
                 else:
                     self.works.add(new)
                     self.pending.append(new)
@@ -1549,17 +1578,32 @@ class _Core:
             if hungry:
                 self.engine.feed()
         except BaseException:
-            with _lock:
-                if isinstance(new, _Map):  # a Ctrl-C: perhaps one of the counts knows of the block
-                    new.left = sum(map(len, new.blocks))
-                    maps = [each for each in self.pending if isinstance(each, _Map)]
-                    self.uncut = sum(each.left for each in maps)
-                elif new.place is _PENDING:
-                    # Nobody gets its future, so it is not to run: take() passes it over.
-                    new.place = _DONE
-                    self.works.discard(new)
             self.hungry = True  # feed() may not have been called: the next add() does it
+            if not isinstance(new, _Map):
+                self.drop_new(new)
             raise
+
+    def add_block(self, new: _Map, block: list[Any]) -> None:
+        """Take further items of a map; under ``_lock``."""
+        try:
+            if not new.left:
+                self.pending.append(new)
+            new.blocks.append(block)
+            new.left += len(block)
+            self.uncut += len(block)
+        except BaseException:  # a Ctrl-C: perhaps one of the counts does not know of the block
+            new.left = sum(map(len, new.blocks))
+            maps = {each for each in self.pending if isinstance(each, _Map)}
+            self.uncut = sum(each.left for each in maps)
+            raise
+
+    def drop_new(self, task: _Task) -> None:
+        """submit() raises, so nobody gets its future, and it is not to run."""
+        with _lock:
+            if task.place in _UNLENT:
+                task.place = _DONE  # take() and release() pass it over
+                self.works.discard(task)
+        self.close_if_over()  # a shutdown() just then may wait for it alone
 
     def check_open(self) -> None:
         """Raise if no task is taken any more; else wake who watches over a limit. Under ``_lock``."""
@@ -1573,23 +1617,21 @@ class _Core:
 
     def add_waiting(self, task: _Task, futures: Sequence[Future[Any]]) -> None:
         """Take a task that has these futures among its arguments. It waits without a worker."""
-        with _LaterSignals():
-            with _lock:
-                self.check_open()
-                task.place = _WAITING
-                task.awaits = len(futures)
-                self.works.add(task)
-            try:
+        try:
+            with _LaterSignals():
+                with _lock:
+                    self.check_open()
+                    task.place = _WAITING
+                    task.awaits = len(futures)
+                    self.works.add(task)
                 if not _under_a_lock() and all(future.done() for future in futures):
                     self.release(task)
                     return
                 for future in futures:
-                    future.add_done_callback(functools.partial(self.arrive, task))
-            except BaseException:  # of a future of somebody else's
-                with _lock:
-                    task.place = _DONE  # release() passes it over
-                    self.works.discard(task)
-                raise
+                    future.add_done_callback(_Arrival(self.arrive, task))
+        except BaseException:  # of a future of somebody else's; or a signal that was put off
+            self.drop_new(task)
+            raise
 
     def arrive(self, task: _Task, _: Future[Any]) -> None:
         """A future among its arguments is done: this is a callback, in whichever thread tells it."""
@@ -1946,7 +1988,7 @@ class _Core:
             except BaseException as error:
                 # In the main thread it goes on when all are told; in any other, an engine's, it must not
                 # end the thread.
-                if threading.current_thread() is threading.main_thread():
+                if _in_main_thread():
                     raised = raised or error
                 else:
                     _report("Exception in a callback of a task", error)
@@ -1983,8 +2025,7 @@ class _Core:
                 return
             self.stage = _Stage.CLOSING
         try:
-            with _SignalsNow():
-                self.engine.close()
+            _signals_now(self.engine.close)
         finally:
             with _lock:
                 self.stage = _Stage.CLOSED
@@ -2002,7 +2043,11 @@ class _Results(itertools.chain[T]):
     """What map() returns: the results, part after part, as one generator would yield them, and close. But
     it is C code that goes from one to the next, in half of the time."""
 
-    close: Callable[[], None]
+    parts: Generator[Iterator[Any]]
+
+    def close(self) -> None:
+        self.parts.close()
+        collections.deque(self, 0)  # drops what is left of the part at hand
 
 
 class ParallelExecutor(Executor):
@@ -2151,7 +2196,7 @@ class ParallelExecutor(Executor):
 
         generator = parts()
         results: Any = _Results.from_iterable(generator)
-        results.close = generator.close
+        results.parts = generator
         return cast("Iterator[T]", results)
 
     def shutdown(
@@ -2224,6 +2269,9 @@ def _forget_all() -> None:
     """In a forked child: whoever held a lock in the parent is not here to release it."""
     for lock in (_lock, _engine_lock):
         cast("Any", lock)._at_fork_reinit()  # private, but what threading and logging rely on
+    if (outer := _LaterSignals.now) is not None:
+        outer.came.clear()  # they are the parent's
+        outer.end()  # the thread that put them off may not be here to do it
     for core in list(_Core.live):
         core.forget()
 
@@ -2995,8 +3043,7 @@ class _InlineEngine(_Engine):
                 if not core.pending:
                     return  # the thread that has the turn settles when it is out
                 try:
-                    with _SignalsNow():
-                        self.turn.acquire()
+                    _signals_now(self.turn.acquire)
                 except BaseException:
                     if cast("Any", self.turn)._is_owned():  # private, as in _under_a_lock()
                         self.turn.release()
@@ -3014,8 +3061,7 @@ class _InlineEngine(_Engine):
             if self.setup is not None and core.pending:
                 (initializer, args), self.setup = self.setup, None
                 try:
-                    with _SignalsNow():
-                        initializer(*args)
+                    _signals_now(initializer, *args)
                 except KeyboardInterrupt:
                     self.setup = initializer, args  # it is still to be done
                     raise
@@ -3030,13 +3076,17 @@ class _InlineEngine(_Engine):
     def run(self, work: _Work) -> None:
         call = work.call
         assert call is not None  # nobody takes back what this has been lent
-        reply: Reply | None = None
+        kept: list[Reply] = []
+
+        def run_and_keep(*call: Any) -> None:
+            kept.append(cast("Reply", _run(*call)))
+
         interrupt: BaseException | None = None
         try:
-            with _SignalsNow():
-                reply = cast("Reply", _run(*call))
+            _signals_now(run_and_keep, *call)
+            reply = kept[0]
         except BaseException as error:  # a signal has come just before it, or after it
-            reply, interrupt = reply or ([], error, _count(call), 0.0), error
+            reply, interrupt = kept[0] if kept else ([], error, _count(call), 0.0), error
         if isinstance(reply[1], KeyboardInterrupt):
             interrupt = reply[1]
         del call
@@ -3087,7 +3137,7 @@ class _OverEngine(_Engine):
         self.news.put(None)
 
     def inside(self) -> bool:
-        return threading.current_thread() is self.thread
+        return threading.get_ident() == self.thread.ident  # as in _in_main_thread()
 
     def live(self) -> None:
         while not self.closing:
@@ -3175,8 +3225,7 @@ class _OverEngine(_Engine):
                 while not self.inside() and (
                     self.inner.get(work, work) is None or work in self.asked
                 ):
-                    with _SignalsNow():  # an executor's submit() may take as long as it likes
-                        self.moved.wait()
+                    _signals_now(self.moved.wait)  # a submit() may take as long as it likes
                 inner = self.inner.get(work)
                 if inner is None:
                     continue
@@ -3185,7 +3234,7 @@ class _OverEngine(_Engine):
             try:
                 # Under no lock of ours: it takes one of the executor's, and whoever holds that may
                 # be in a __del__ that waits for ours.
-                is_back = inner.cancel()
+                is_back = _signals_now(inner.cancel)  # which may ask another machine
             except Exception:
                 _log.warning("Could not cancel %r", inner, exc_info=True)
             finally:
@@ -3861,7 +3910,8 @@ class _LokyEngine(_Engine):
                 raise
 
     def inside(self) -> bool:
-        return threading.current_thread() in (self.reader, _starter.thread)
+        starter = _starter.thread
+        return threading.get_ident() in (self.reader.ident, starter and starter.ident)
 
     def running(self, work: _Work) -> bool:
         try:
@@ -4923,8 +4973,8 @@ class _RayEngine(_Engine):
                 with _engine_lock:
                     some = works[start : start + 500]
                     while not self.inside() and not self.closing and self.are_in_hand(some):
-                        with _SignalsNow():  # the waiter may pickle something that takes long
-                            self.handed_on.wait()
+                        # The waiter may pickle something that takes long.
+                        _signals_now(self.handed_on.wait)
                     for work in some:
                         ref = work.seat
                         if self.lent.get(ref) is work and ref not in self.asked:
@@ -5009,8 +5059,7 @@ class _RayEngine(_Engine):
             return  # in time, but it was not heard of yet
         with _engine_lock:
             while work in self.in_hand and not self.inside():
-                with _SignalsNow():
-                    self.handed_on.wait()
+                _signals_now(self.handed_on.wait)
             ref = work.seat
             if self.lent.get(ref) is not work:
                 return

@@ -4883,7 +4883,7 @@ def test_signals_put_off_are_all_handled(monkeypatch: Any) -> None:
         raise InterruptedError(number)
 
     before = {number: signal.signal(number, handler) for number in numbers}
-    put_back = signal.signal
+    put_back = pb._signal.signal
 
     def put_back_and_meet_another(number: int, how: Any) -> Any:
         old = put_back(number, how)
@@ -4891,7 +4891,7 @@ def test_signals_put_off_are_all_handled(monkeypatch: Any) -> None:
             signal.raise_signal(number)  # right after it is heard again
         return old
 
-    monkeypatch.setattr(signal, "signal", put_back_and_meet_another)
+    monkeypatch.setattr(pb._signal, "signal", put_back_and_meet_another)
     try:
         with pytest.raises(InterruptedError), pb._LaterSignals():
             for number in numbers:
@@ -4901,7 +4901,30 @@ def test_signals_put_off_are_all_handled(monkeypatch: Any) -> None:
         assert all(signal.getsignal(number) is handler for number in numbers)
     finally:
         for number, how in before.items():
-            put_back(number, how)
+            signal.signal(number, how)
+
+
+def test_a_handler_that_is_changed_while_signals_are_put_off_stays_so() -> None:
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        for how in (signal.SIG_IGN, signal.SIG_DFL):
+            signal.signal(signal.SIGTERM, lambda *_: None)
+            with pb.SequentialParallelBackend().executor() as executor:
+                executor.submit(signal.signal, signal.SIGTERM, how)
+            assert signal.getsignal(signal.SIGTERM) is how
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked here")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_child_forked_while_signals_are_put_off_hears_them() -> None:
+    mine = signal.getsignal(signal.SIGINT)
+    with pb._LaterSignals():
+        child = os.fork()
+        if child == 0:
+            os._exit(signal.getsignal(signal.SIGINT) is not mine)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 # --- 5 joblib's workers ---------------------------------------------------------------------------
