@@ -1022,9 +1022,8 @@ class _LaterSignals:
             self.end()
 
     def begin(self) -> None:
-        _LaterSignals.now = (
-            self  # first: a child that another thread forks now finds who is to end()
-        )
+        # First, so that a child which another thread forks just now finds who is to end().
+        _LaterSignals.now = self
         for number in filter(None, _RAISING):
             handler = _signal.getsignal(number)
             if handler == self.later:
@@ -1047,11 +1046,10 @@ class _LaterSignals:
 
     def put_back(self, numbers: list[int]) -> None:
         if numbers:
+            number = numbers[0]
             try:
-                if (
-                    _signal.getsignal(numbers[0]) == self.later
-                ):  # else the program has another by now
-                    _signal.signal(numbers[0], self.handlers[numbers[0]])
+                if _signal.getsignal(number) == self.later:  # else the program has changed it
+                    _signal.signal(number, self.handlers[number])
             finally:  # also if that handler is called at once, and raises
                 self.put_back(numbers[1:])
 
@@ -1600,10 +1598,11 @@ class _Core:
     def drop_new(self, task: _Task) -> None:
         """submit() raises, so nobody gets its future, and it is not to run."""
         with _lock:
-            if task.place in _UNLENT:
-                task.place = _DONE  # take() and release() pass it over
-                self.works.discard(task)
-        self.close_if_over()  # a shutdown() just then may wait for it alone
+            if task not in self.works or task.place not in _UNLENT:
+                return
+            task.place = _DONE  # take() and release() pass it over
+            self.works.discard(task)
+        self.defer(self.close_if_over)  # a shutdown() just then may wait for it alone
 
     def check_open(self) -> None:
         """Raise if no task is taken any more; else wake who watches over a limit. Under ``_lock``."""
