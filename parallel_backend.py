@@ -29,7 +29,8 @@ What the executors promise, on every backend:
 - Lambdas, closures and functions of ``__main__`` can be sent; a future or a handle among a task's
   arguments arrives as its value. What can't be pickled fails its own future.
 - ``map`` sizes its chunks by itself, and reads an endless input with ``buffersize``.
-- An idle executor uses no CPU, and one that has ended leaves no thread, process or file.
+- An idle executor uses no CPU, and one that has ended leaves no thread, process or file; but joblib's
+  workers stay warm for the next one, for a minute.
 
 Version 0.9.0 is the first. It still takes the ``ParallelConfig`` of the project that it comes from;
 that, and the ``config`` arguments, go in 0.10.0.
@@ -214,6 +215,8 @@ def _unknown_option(name: str) -> TypeError:
     if name in _NOT_OURS:
         return TypeError(f"There is no option {name!r}: {_NOT_OURS[name]}")
     known = (*_OWN_OPTIONS, *TaskOptions.__annotations__, "max_workers", "cancel_futures")
+    if name in known:
+        return TypeError(f"{name!r} is an option of executor(), and not of wrap()")
     nearest = _NAMES_ELSEWHERE.get(name) or difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
     return TypeError(f"There is no option {name!r}; the nearest is {nearest}")
 
@@ -914,14 +917,15 @@ def init_parallel_backend(
 #       submit(), map()            take()                      end()
 #     ------------------> PENDING ---------> LENT ---------------------------> ENDING ---> DONE
 #         |              ^ |   ^             |  |                                           ^
-#         |      arrive()| | cancel()        |  | put_back(), unwanted; stopped()           |
+#         |     release()| | cancel()        |  | put_back(), unwanted; stopped()           |
 #         v              | |   '-------------'  |                                           |
 #      WAITING ----------' |     put_back()     v                                           |
 #         '----------------'--------------> CANCELLED --------------------------------------'
 #              cancel()                                      settle()
 #
-# Not drawn: what fails without having run (its worker could not be set up, it took too long) goes from
-# WAITING, PENDING or LENT to ENDING, by fail().
+# Not drawn: what fails and has no reply (its worker could not be set up, a future among its arguments has
+# failed, it took too long) goes from WAITING, PENDING or LENT to ENDING, by fail(). A task goes from
+# WAITING to CANCELLED, too, if a future among its arguments was cancelled.
 #
 # A task that waits for futures among its arguments is in no queue. When they are done it joins the
 # core's queue, from which the engine takes it when it has room: from then on it is lent. An engine may
@@ -994,9 +998,8 @@ class _LaterSignals:
     :func:`_signals_now`. (submit() does without, for its speed: it puts right what was interrupted.)
     """
 
-    # A class and no generator: a handler may raise before the block is entered. A generator would then rest
-    # where it is, and go on whenever it is dropped.
-    # What siginterrupt() has set for a signal, signal() forgets, and nobody can ask for it.
+    # A class, and no generator with @contextmanager: if a handler raised before the block is entered, a
+    # generator would go on whenever it is dropped. (What siginterrupt() has set is lost: nobody can ask.)
 
     now: ClassVar[_LaterSignals | None] = None  # the outermost one, while it puts signals off
 
@@ -1040,7 +1043,7 @@ class _LaterSignals:
     def later(self, number: int, frame: Any) -> None:
         if _LaterSignals.now is self:
             self.came.append((number, frame))
-        else:  # another one came just then, and has kept put_back() from this one
+        else:  # the handler of another one has raised in put_back(), before this one's turn
             _signal.signal(number, self.handlers[number])
             self.handlers[number](number, frame)
 
@@ -1069,7 +1072,8 @@ class _LaterSignals:
 
 
 def _signals_now(function: Callable[..., T], *args: Any) -> T:
-    """Call code of the user's inside of _LaterSignals: signals are handled, those that have come first."""
+    """Call code of the user's inside of _LaterSignals: signals are handled, those that have come first. If
+    their handlers raise, it is not called."""
     outer = _LaterSignals.now
     if outer is None or not _in_main_thread():
         return function(*args)
@@ -1095,8 +1099,9 @@ begun, one that failed included:
 
 - none: the call could not be sent, or not be read. The items of a chunk are then tried one by one, so
   that only the bad one fails; a task fails.
-- some: those are done; if there is a failure, it is that of the last one. The rest goes back to the queue.
-- all: nothing goes back. With a failure and no results, the worker was lost.
+- some: those are done; if there is a failure, it is that of the one after the last result. The rest goes
+  back to the queue.
+- all: nothing goes back. Where no seconds were measured, the worker was lost.
 """
 
 
@@ -1150,11 +1155,13 @@ class _Stage(enum.IntEnum):
 class _Engine(abc.ABC):
     """What runs tasks. It asks the core for them, whenever it likes, and says what became of them.
 
-    Of ``core``, which is there once the engine has been made, it calls:
+    Of ``core``, which is set once the engine has been made (so a thread that it starts waits for the
+    first :meth:`feed`), it calls:
 
-    - ``take(n)``: up to n tasks, lent from now on;
-    - ``ask()``: how many wait. Called last before it rests: from then on the next task that comes brings
-      a :meth:`feed`, without which nobody would wake it;
+    - ``take(n)``: up to n tasks, lent from now on. In one hold of ``_engine_lock`` with its own note of who
+      has them. Where there are fewer, the next task that comes brings a feed();
+    - ``ask()``: how many wait; and the next task brings a feed() as well. For an engine that may rest after a
+      take() that gave all it wanted: nobody else would wake it;
     - ``end(outcomes)``: what became of some, ``(work, reply)`` each; under no lock;
     - ``put_back(works)``: they have not begun. ``stopped(work)``: what ran it was killed. Both in the same
       hold of ``_engine_lock`` in which it takes the task from its worker. Otherwise a cancel() or a
@@ -1184,21 +1191,21 @@ class _Engine(abc.ABC):
 
     @abc.abstractmethod
     def take_back(self, works: list[_Work]) -> None:
-        """``put_back()`` those of them that have not begun. Called from any thread, as is stop(). The
-        core settles afterwards: a callback that exits in here would keep the rest from coming back."""
+        """``put_back()`` those of them that have not begun. Called from any thread, as is stop(). Without
+        settle(), which the core calls afterwards: a callback that exits would keep the rest from coming."""
 
     def running(self, work: _Work) -> bool:
         """Whether a worker has begun it; without a lock, and of any that was lent at some time."""
         return True
 
     def stop(self, work: _Work) -> None:
-        """If a worker has begun it, kill that and call ``stopped()``. An engine that can't, does nothing.
-        Where ``work.verdict`` is a TimeoutError, let the user see first where it hung."""
+        """If a worker has begun it, or may have, kill that and call ``stopped()``. An engine that can't,
+        does nothing. Where ``work.verdict`` is a TimeoutError, let the user see first where it hung."""
 
     def began(self) -> list[tuple[_Work, float]]:
         """(task, start by time.monotonic()) of all that runs, for time limits. If in doubt, a later time:
         an earlier one would stop a task within its limit. Without tasks whose end may have come, but is
-        not read yet."""
+        not read yet; or stop() sees to those."""
         return []
 
     def awaited(self, value: Any) -> Future[Any] | None:
@@ -1537,8 +1544,8 @@ class _Core:
         self.uncut = 0  # items of maps that are in no chunk yet
         self.hungry = True
         """Whether add() is to call feed(), since some worker has got less than it could do with. Set by
-        ask() and by a take() that came up short; cleared by add() alone. If a take() that got what it
-        wanted cleared it, another worker that is still short would not be woken."""
+        ask() and by a take() that came up short; cleared by who then calls feed(), add() or release(). If
+        a take() that got what it wanted cleared it, another worker that is still short would sleep on."""
         # Notified when it is CLOSED; with a time limit, also when there is something to watch.
         self.changed = threading.Condition(_lock)
         # What was noted under a lock, for settle():
@@ -1710,8 +1717,10 @@ class _Core:
                             if work.place is _LENT:
                                 work.reason = ""  # it goes on, and may be cancelled for another
             finally:
-                self.tell_cancelled(works)
-                self.settle()
+                try:
+                    self.tell_cancelled(works)
+                finally:
+                    self.settle()
 
     def recall(self, lent: Sequence[_Work], stop: bool) -> None:
         """Have back of these what waits at the engine and, if ``stop``, stop what runs there."""
@@ -1769,13 +1778,14 @@ class _Core:
                 # Last, since their callbacks may take their time.
                 with _lock:
                     works = [*self.works]
-                self.tell_cancelled(works)
-                del works
-                self.settle()
-                self.engine.feed()  # a Ctrl-C in add() may have come before it
-                self.close_if_over()
+                with contextlib.ExitStack() as each:  # also if a callback exits; the last one first
+                    each.callback(self.close_if_over)
+                    each.callback(self.engine.feed)  # a Ctrl-C in add() may have come before it
+                    each.callback(self.settle)
+                    each.callback(self.tell_cancelled, works)
+                    del works
         if not wait or self.engine.inside() or threading.get_ident() in self.telling:
-            return
+            return  # it would wait for itself
         try:
             with _lock:
                 while self.stage < _Stage.CLOSED:
@@ -1856,8 +1866,8 @@ class _Core:
                     if not head.left:
                         self.pending.popleft()
                     elif head.grows(chunk):
-                        # One a time, and the next when it is known how long its items take. The first
-                        # item's time is mostly that of caches, imports and clocks: a bad measure.
+                        # One for this take(): before the next, it may be known how long its items take.
+                        # The first item's time is mostly that of caches and imports: a bad measure.
                         most = len(taken) + 1
                 else:
                     self.pending.popleft()
@@ -2024,7 +2034,7 @@ class _Core:
                 return
             self.stage = _Stage.CLOSING
         try:
-            _signals_now(self.engine.close)
+            self.engine.close()
         finally:
             with _lock:
                 self.stage = _Stage.CLOSED
@@ -2202,7 +2212,7 @@ class ParallelExecutor(Executor):
         self, wait: bool = True, *, cancel_futures: CancellationPolicy | bool | None = None
     ) -> None:
         """End: take no more tasks, and do with those there are as the policy says. The ``with`` block
-        does it when it is left::
+        does it when it is left. A Ctrl-C while it waits ends all at once, as ``ALL`` does::
 
             executor.shutdown(cancel_futures=CancellationPolicy.ALL)
 
@@ -3500,7 +3510,8 @@ class _Process:
                 self.unlink()
 
     def end(self) -> None:
-        """Kill it, wait until it is gone, and close our ends. For the thread that reads from it."""
+        """Kill it, wait until it is gone, and close our ends. For the thread that reads from it, or where
+        nobody does any more."""
         with self.reaping:
             if self not in self.alive:
                 return
@@ -3943,7 +3954,7 @@ class _LokyEngine(_Engine):
             self.core.put_back(worker.take_back())
             left = [each for batch in worker.batches for each in batch.works]
             if left[-1:] != [work]:
-                return  # one behind it has begun, so it has ended: its reply is on its way
+                return  # it came back just now; or one behind it has begun, so its reply is on its way
             seat.batch.works.pop()
             worker.outstanding -= 1
             work.seat = None
@@ -4790,7 +4801,8 @@ def _started_ray(**options: Any) -> Any:
 # 3. A task that had begun by then is interrupted, and ignores that; see shield() above. One that was on
 #    its way into a worker comes back as cancelled, though later: it is lent anew.
 # 4. Before the waiter rests, it hangs a bell on each of the oldest references, as many as can run: a
-#    callback of Ray's at its end. Ray begins tasks in their order, so whichever runs, has one.
+#    callback of Ray's at its end. Ray begins tasks in their order, so whichever runs, has one; but for
+#    those with objects among their arguments, which each have one.
 #
 # One thread of an executor, the waiter, takes, submits and hears of the ends. Others take back and stop.
 
@@ -4864,7 +4876,7 @@ class _RayEngine(_Engine):
         self.lent: dict[Any, _Work] = {}
         """By reference, oldest first. Under _engine_lock, as is what follows."""
         # Tasks in the waiter's hands: it submits them, or reads their reply. They have no reference in
-        # ``lent``, so take_back() and stop() wait until they are out of them.
+        # ``lent``, so take_back() and stop() wait until it lets go of them.
         self.in_hand: set[_Work] = set()
         self.handed_on = threading.Condition(_engine_lock)  # notified when in_hand or asked is less
         self.asked: set[Any] = set()  # references that a take_back() has in hand, and nobody else
@@ -4912,7 +4924,7 @@ class _RayEngine(_Engine):
                 raise
 
     def inside(self) -> bool:
-        return threading.current_thread() is self.waiter or threading.get_ident() == self.io_thread
+        return threading.get_ident() in (self.waiter.ident, self.io_thread)
 
     def width(self, max_workers: int) -> int:
         return max(min(max_workers, self.capacity), 1)
@@ -5004,13 +5016,14 @@ class _RayEngine(_Engine):
             self.asked.difference_update(refs)
             self.handed_on.notify_all()
             refs = [ref for ref in refs if ref in self.lent]  # less those stopped meanwhile
-            self.core.put_back([self.lent[ref] for ref in refs if ref in taken])
+            works = [self.lent[ref] for ref in refs if ref in taken]
             for ref in refs:
                 if ref in taken:
                     self.forget(ref)
                 else:
                     self.refused[ref] = time.monotonic()
                     self.news.put(ref)  # the waiter may have passed it over while we had it
+            self.core.put_back(works)
 
     def cancel_all(self, refs: Sequence[Any], force: bool = False) -> None:
         for ref in refs:
@@ -5150,7 +5163,7 @@ class _RayEngine(_Engine):
     def hear_and_lend(self, rung: set[Any]) -> None:
         """Handle what has ended, and lend as much as there may be."""
         was_streaming, self.is_streaming = self.is_streaming, False  # whatever happens below
-        # Asked again before each call: Ray would start a cluster of its own to answer it.
+        # Asked again each time: in another session, nobody knows of our references.
         reason = self.lost()
         if reason is not None:
             self.fail_all(reason)
@@ -5225,7 +5238,7 @@ class _RayEngine(_Engine):
             if isinstance(answer, bytes):
                 return cast("Reply", pickle.loads(answer))
             data, *rest = answer
-            if data == "failed":  # to set up its worker
+            if isinstance(data, str):  # "failed", to set up its worker
                 failure = _initializer_failed(_unpack(rest[0], "the initializer", 1))
                 self.core.break_down(failure)
                 return [], failure, count, 0.0

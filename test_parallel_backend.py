@@ -1255,6 +1255,8 @@ def check_own_backend(backend):
     with backend.executor(max_workers=2) as executor:
         assert backend.get([executor.submit(sum, data)], timeout=30) == [sum(data)]
         assert list(executor.map(abs, range(-3, 0))) == [3, 2, 1]
+    for executor in backend._background.values():
+        executor.shutdown()  # of wrap(): before what it stands on is closed
 
 
 @pytest.mark.parametrize("kind", ["threads", "dask"])
