@@ -1569,6 +1569,7 @@ class _Core:
 
     def add(self, new: _Task | _Map, block: list[Any] | None = None) -> None:
         """Take a task, or further items of a map, in reverse order."""
+        was_held = cast("Any", _lock)._is_owned()  # as in _under_a_lock()
         try:
             with _lock:
                 self.check_open()
@@ -1583,6 +1584,9 @@ class _Core:
             if hungry:
                 self.engine.feed()
         except BaseException:
+            # Since Python 3.14 a signal may come between the lock's __enter__() and what it protects.
+            if not was_held and cast("Any", _lock)._is_owned():
+                _lock.release()
             self.hungry = True  # feed() may not have been called: the next add() does it
             if not isinstance(new, _Map):
                 self.drop_new(new)
@@ -2167,7 +2171,7 @@ class ParallelExecutor(Executor):
             index = yielded = 0
             try:
                 while True:
-                    with _lock:
+                    with _LaterSignals(), _lock:
                         start = index if ordered else next(iter(source.outcomes), -1)
                         outcome = source.outcomes.pop(start, None)
                         source.is_awaited = outcome is None
@@ -2198,7 +2202,7 @@ class ParallelExecutor(Executor):
                         finally:
                             del failure  # it holds this frame
             finally:
-                with _lock:  # lest a chunk be cut just between the two
+                with _LaterSignals(), _lock:  # lest a chunk be cut just between the two
                     read_so_far = source.first + source.left
                 if index < read_so_far:
                     source.abandon()
