@@ -1332,9 +1332,9 @@ class _Task(_Work, Future[Any]):
             try:
                 if isinstance(callbacks[0], _Arrival):
                     callbacks.popleft()(self)
-                    continue
-                # In there: if a signal comes first, and raises, it is still to be called.
-                _signals_now(lambda: callbacks.popleft()(self))
+                else:
+                    # Taken out in there: if a signal comes first, and raises, it is still to be called.
+                    _signals_now(lambda: callbacks.popleft()(self))
             except Exception:
                 with contextlib.suppress(Exception):  # as in _report()
                     logging.getLogger("concurrent.futures").exception(
@@ -1956,6 +1956,8 @@ class _Core:
         thread = threading.get_ident()
         if thread in self.settling:
             return  # we are in one of those below: it goes on when this is over
+        if not (self.untold or self.dropped or self.deferred):
+            return  # as most often: an engine's thread asks after each batch
         raised: BaseException | None = None
         with _LaterSignals():
             self.settling.add(thread)
@@ -2171,7 +2173,7 @@ class ParallelExecutor(Executor):
             index = yielded = 0
             try:
                 while True:
-                    with _LaterSignals(), _lock:
+                    with _LaterSignals(), _lock:  # why both: see the except in _Core.add()
                         start = index if ordered else next(iter(source.outcomes), -1)
                         outcome = source.outcomes.pop(start, None)
                         source.is_awaited = outcome is None
@@ -3098,8 +3100,9 @@ class _InlineEngine(_Engine):
         try:
             _signals_now(run_and_keep, *call)
             reply = kept[0]
-        except BaseException as error:  # a signal has come just before it, or after it
-            reply, interrupt = kept[0] if kept else ([], error, _count(call), 0.0), error
+        except BaseException as error:  # a signal has come after it; or before, and it has not run
+            reply = kept[0] if kept else ([], error, _count(call), 0.0)
+            interrupt = error
         if isinstance(reply[1], KeyboardInterrupt):
             interrupt = reply[1]
         del call
@@ -4075,7 +4078,7 @@ class _LokyEngine(_Engine):
         self.failures += 1
         there = len(self.workers) + self.starting
         if there:
-            self.limit = there  # until one is up
+            self.limit = there  # until another one is up, as is tried when one of these ends
             return
         self.limit = self.max_workers
         if self.failures < _PATIENCE:
